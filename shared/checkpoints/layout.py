@@ -1,0 +1,240 @@
+"""Where the files of a checkpoint lie: the published directory layout, found by name or by path.
+
+Knows file names only. It opens no weights, imports no torch, and knows nothing about what the components compute.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from shared.errors import MissingComponent, UserError
+
+EDITX_FOLDER = "Step-Audio-EditX"
+TOKENIZER_FOLDER = "Step-Audio-Tokenizer"
+DECODER_FOLDER = "CosyVoice-300M-25Hz"
+LINGUISTIC_FOLDER = "dengcunqin/speech_paraformer-large_asr_nat-zh-cantonese-en-16k-vocab8501-online"
+METADATA_FILE = "editx.json"
+
+BUNDLED = ("nano",)
+HOME_VARIABLE = "EDITX_CHECKPOINTS_DIR"
+
+
+class MissingCheckpoint(UserError):
+    """The name or path given for a checkpoint leads nowhere."""
+
+    default_code = "checkpoint_not_found"
+    exit_code = 3
+
+
+class InvalidCheckpoint(UserError):
+    """A file of the checkpoint is there and is not what it should be."""
+
+    default_code = "checkpoint_invalid"
+
+
+class TrainedOn(BaseModel):
+    """Which edits a checkpoint has learned. An empty list means the edit type was not trained."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    clone: bool = True
+    emotion: tuple[str, ...] = ()
+    style: tuple[str, ...] = ()
+    speed: tuple[str, ...] = ()
+    paralinguistic: tuple[str, ...] = ()
+    denoise: bool = False
+    vad: bool = False
+    languages: tuple[str, ...] = ()
+
+
+class Metadata(BaseModel):
+    """Contents of ``editx.json``. ``trained_on`` is None for a release that does not say: take the published edits."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    name: str
+    version: str = "unknown"
+    trained_on: TrainedOn | None = None
+
+    def knows(self, edit_type: str, detail: str | None = None) -> bool:
+        """Whether this checkpoint was trained on an edit type (and detail, such as ``emotion`` and ``happy``)."""
+        if self.trained_on is None:
+            return True
+        learned = getattr(self.trained_on, edit_type, False)
+        if isinstance(learned, bool):
+            return learned
+        return detail in learned if detail is not None else bool(learned)
+
+
+def checkpoints_home() -> Path:
+    """Folder of the fetched checkpoints: ``EDITX_CHECKPOINTS_DIR``, else ``~/.cache/editx/checkpoints``."""
+    configured = os.environ.get(HOME_VARIABLE)
+    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "editx" / "checkpoints"
+
+
+def _named_places(name: str) -> list[Path]:
+    places = [checkpoints_home() / name]
+    if name in BUNDLED:
+        repository = Path(__file__).resolve().parents[2]
+        places = [repository / "models" / name, Path(sys.prefix) / "share" / "editx" / "models" / name, *places]
+    return places
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint directory in the published layout.
+
+    ``root`` holds ``Step-Audio-EditX/`` and ``Step-Audio-Tokenizer/``, or is the first of them with the second beside
+    it, or holds the contents of both flat. Path properties check that the file is there and raise MissingComponent.
+    """
+
+    root: Path
+
+    @classmethod
+    def resolve(cls, source: str | Path) -> Self:
+        """Find a checkpoint by directory, or by name (``nano`` is bundled, others lie in ``checkpoints_home()``).
+
+        Raises MissingCheckpoint when neither exists. Components are checked when they are asked for.
+        """
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return cls(path.resolve())
+        is_name = isinstance(source, str) and Path(source).name == source
+        places = _named_places(str(source)) if is_name else []
+        for place in places:
+            if place.is_dir():
+                return cls(place.resolve())
+        tried = ", ".join(str(place) for place in [path.absolute(), *places])
+        raise MissingCheckpoint(
+            f"No checkpoint '{source}'. Looked for: {tried}",
+            "Give a directory in the published layout, or fetch one with `editx checkpoint fetch official`.",
+        )
+
+    @cached_property
+    def editx_dir(self) -> Path:
+        """Folder of the language model and, below it, of the decoder."""
+        nested = self.root / EDITX_FOLDER
+        return nested if nested.is_dir() else self.root
+
+    @cached_property
+    def tokenizer_dir(self) -> Path:
+        """Folder of the two audio tokenizers."""
+        nested, beside = self.root / TOKENIZER_FOLDER, self.root.parent / TOKENIZER_FOLDER
+        if nested.is_dir():
+            return nested
+        return beside if self.root.name == EDITX_FOLDER and beside.is_dir() else self.root
+
+    @property
+    def decoder_dirs(self) -> tuple[Path, ...]:
+        """Folders searched for the flow, the vocoder and the speaker encoder, in order."""
+        return self.editx_dir / DECODER_FOLDER, self.editx_dir
+
+    @property
+    def linguistic_dirs(self) -> tuple[Path, ...]:
+        """Folders searched for the linguistic encoder, in order."""
+        return self.tokenizer_dir / LINGUISTIC_FOLDER, self.tokenizer_dir
+
+    @property
+    def step1_dir(self) -> Path:
+        """Folder with the ``config.json`` and the weights of the language model."""
+        return self._find("language model", [self.editx_dir], ["config.json"]).parent
+
+    @property
+    def step1_files(self) -> tuple[Path, ...]:
+        """The language model's weight files: every shard that the index names, else the single file."""
+        folder = self.step1_dir
+        index = folder / "model.safetensors.index.json"
+        if not index.is_file():
+            names = ["model.safetensors", "model-00001.safetensors"]
+            return (self._find("language model weights", [folder], names),)
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidCheckpoint(
+                f"{index} is not a weight index: {error}",
+                "Fetch the file again, or remove it if the weights are in one file.",
+            ) from error
+        return tuple(self._find("language model weights", [folder], [str(Path(shard).name)]) for shard in shards)
+
+    @property
+    def text_tokenizer_file(self) -> Path:
+        """The sentencepiece model."""
+        return self._find("text tokenizer", [self.editx_dir], ["tokenizer.model"])
+
+    @property
+    def cosyvoice_yaml(self) -> Path:
+        """Sizes of the flow and the vocoder."""
+        return self._find("decoder configuration", self.decoder_dirs, ["cosyvoice.yaml"])
+
+    @property
+    def flow_file(self) -> Path:
+        """Weights of the flow-matching model, codes to mel."""
+        return self._find("flow", self.decoder_dirs, ["flow.safetensors", "flow.pt"])
+
+    @property
+    def vocoder_file(self) -> Path:
+        """Weights of the vocoder, mel to waveform."""
+        return self._find("vocoder", self.decoder_dirs, ["hift.safetensors", "hift.pt", "vocoder.safetensors"])
+
+    @property
+    def speaker_onnx(self) -> Path:
+        """The speaker encoder."""
+        return self._find("speaker encoder", self.decoder_dirs, ["campplus.onnx"])
+
+    @property
+    def linguistic_dir(self) -> Path:
+        """FunASR folder of the linguistic encoder: ``config.yaml``, ``am.mvn`` and the weights."""
+        return self._find("linguistic encoder configuration", self.linguistic_dirs, ["config.yaml"]).parent
+
+    @property
+    def linguistic_file(self) -> Path:
+        """Weights of the linguistic encoder."""
+        return self._find("linguistic encoder", [self.linguistic_dir], ["model.safetensors", "model.pt"])
+
+    @property
+    def linguistic_cmvn_file(self) -> Path:
+        """Mean and variance of the linguistic encoder's features, Kaldi text format."""
+        return self._find("linguistic feature statistics", [self.linguistic_dir], ["am.mvn"])
+
+    @property
+    def centroids_file(self) -> Path:
+        """Linguistic codebook, (1024, d) float32."""
+        return self._find("linguistic centroids", [self.tokenizer_dir], ["linguistic_tokenizer.npy"])
+
+    @property
+    def semantic_onnx(self) -> Path:
+        """The semantic tokenizer."""
+        return self._find("semantic tokenizer", [self.tokenizer_dir], ["speech_tokenizer_v1.onnx"])
+
+    @cached_property
+    def metadata(self) -> Metadata:
+        """``editx.json``, or the folder's name and nothing else when the release has no such file."""
+        path = self.root / METADATA_FILE
+        if not path.is_file():
+            return Metadata(name=self.root.name)
+        try:
+            return Metadata.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise InvalidCheckpoint(
+                f"{path} is not valid: {error}", "docs/checkpoints.md describes the file."
+            ) from error
+
+    def _find(self, component: str, folders: Sequence[Path], names: Sequence[str]) -> Path:
+        places = [folder / name for folder in folders for name in names]
+        for place in places:
+            if place.is_file():
+                return place
+        raise MissingComponent(
+            component=f"The {component} ({' or '.join(names)})",
+            where=f"the checkpoint {self.root} has none of {', '.join(str(place) for place in places)}",
+            hint=f"Put the file there; `editx checkpoint verify {self.root}` lists everything that is missing.",
+        )
