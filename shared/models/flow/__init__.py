@@ -1,0 +1,9 @@
+"""The flow-matching decoder: audio tokens to mel. Pure torch; see `flow.Flow` for the model and `stream.FlowStream` for streaming."""
+
+from shared.models.flow.cfm import FlowTraining, flow_noise
+from shared.models.flow.dit import DiTConfig
+from shared.models.flow.encoder import EncoderConfig
+from shared.models.flow.flow import Flow, FlowConfig, FlowLoss
+from shared.models.flow.stream import FlowStream
+
+__all__ = ["DiTConfig", "EncoderConfig", "Flow", "FlowConfig", "FlowLoss", "FlowStream", "FlowTraining", "flow_noise"]

@@ -1,0 +1,133 @@
+"""Conditional flow matching: the way from noise to mel, its guidance and its training loss.
+
+Knows the estimator and nothing about tokens, speakers or audio. (Flow matching: arXiv 2210.02747; guidance: arXiv 2207.12598.)
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from shared.models.flow.dit import BlockCache, DiT
+
+
+class Conditions(NamedTuple):
+    """What the estimator is told about the mel it should make."""
+
+    mu: Tensor  # (B, T, 80) from the tokens
+    speaker: Tensor  # (B, 80)
+    cond: Tensor  # (B, T, 80), the mel of the reference in its frames, zeros elsewhere
+
+    def with_unconditional(self) -> "Conditions":
+        """Twice the batch: the second half knows nothing."""
+        return Conditions(*(torch.cat([part, torch.zeros_like(part)]) for part in self))
+
+    def dropped(self, keep: Tensor) -> "Conditions":
+        """Zeros for the members of the batch whose `keep` (B,) is false."""
+        return Conditions(self.mu * keep[:, None, None], self.speaker * keep[:, None], self.cond * keep[:, None, None])
+
+
+@dataclass(frozen=True)
+class FlowTraining:
+    """Dials of the training loss; the defaults are the published training fields, as far as they are known."""
+
+    prompt_rate: float = 0.5  # how often the start of the mel is given as a reference
+    prompt_max_share: float = 0.3  # of the utterance
+    cfg_dropout: float = 0.2  # how often all conditions are dropped, for guidance
+    sigma_min: float = 1e-6
+    norm: str = "l1"  # or "l2"
+    prior_weight: float = 0.0  # of the regression of mu to the mel
+
+
+def time_grid(steps: int, device: torch.device) -> Tensor:
+    """Times 0..1 of `steps` Euler steps, (steps+1,) float32, finer near 0: t = 1 - cos(pi/2 * k/steps)."""
+    return 1 - torch.cos(torch.linspace(0, 1, steps + 1, device=device) * (torch.pi / 2))
+
+
+def flow_noise(seed: int, frames: int, channels: int = 80) -> Tensor:
+    """Start of one flow, (frames, channels) float32 on the CPU, the same on every device and in every batch.
+
+    Drawn frame by frame, so a longer draw begins with the shorter one.
+    """
+    return torch.randn(frames, channels, generator=torch.Generator().manual_seed(seed))
+
+
+def masked_error(predicted: Tensor, wanted: Tensor, mask: Tensor, norm: str) -> Tensor:
+    """Mean l1 or l2 error over the real frames, (B, T, C) with mask (B, T) -> scalar float32."""
+    difference = (predicted.float() - wanted.float()) * mask[..., None]
+    error = difference.abs() if norm == "l1" else difference.square()
+    return error.sum() / (mask.sum() * predicted.shape[-1]).clamp(min=1)
+
+
+class CFM(nn.Module):
+    """The estimator with an Euler solver and classifier-free guidance."""
+
+    def __init__(self, estimator: DiT, cfg_rate: float) -> None:
+        super().__init__()
+        self.estimator = estimator
+        self.cfg_rate = cfg_rate
+
+    def forward(
+        self, noise: Tensor, conditions: Conditions, mask: Tensor | None, steps: int, cfg_rate: float | None = None
+    ) -> Tensor:
+        """Solve from noise (B, T, 80) to a mel (B, T, 80), float32. A rate of 0 skips guidance and halves the work."""
+        x, _ = self._solve(noise, conditions, mask, steps, cfg_rate, None, streaming=False)
+        return x
+
+    def forward_chunk(
+        self,
+        noise: Tensor,
+        conditions: Conditions,
+        steps: int,
+        cfg_rate: float | None,
+        past: list[list[BlockCache]] | None,
+    ) -> tuple[Tensor, list[list[BlockCache]]]:
+        """As `forward` for one chunk of a stream; `past` and the second result hold the caches of every step and block."""
+        return self._solve(noise, conditions, None, steps, cfg_rate, past, streaming=True)
+
+    def _solve(
+        self,
+        noise: Tensor,
+        conditions: Conditions,
+        mask: Tensor | None,
+        steps: int,
+        cfg_rate: float | None,
+        past: list[list[BlockCache]] | None,
+        *,
+        streaming: bool,
+    ) -> tuple[Tensor, list[list[BlockCache]]]:
+        rate = self.cfg_rate if cfg_rate is None else cfg_rate
+        guided = rate > 0
+        if guided:
+            conditions = conditions.with_unconditional()
+            mask = None if mask is None else torch.cat([mask, mask])
+        x, times, caches = noise.float(), time_grid(steps, noise.device), []
+        for step in range(steps):
+            point, time = torch.cat([x, x]) if guided else x, times[step : step + 1]
+            if streaming:
+                velocity, cache = self.estimator.forward_chunk(point, time, *conditions, past[step] if past else None)
+                caches.append(cache)
+            else:
+                velocity = self.estimator(point, time, *conditions, mask)
+            if guided:
+                towards, away = velocity.chunk(2)
+                velocity = (1 + rate) * towards - rate * away
+            x = x + (times[step + 1] - times[step]) * velocity
+        return x, caches
+
+    def loss(
+        self, mel: Tensor, mask: Tensor, conditions: Conditions, dials: FlowTraining, generator: torch.Generator | None
+    ) -> Tensor:
+        """Error of the velocity at a random time per member of the batch; mel (B, T, 80), mask (B, T) -> scalar.
+
+        Times are drawn with the cosine density that sampling uses. `generator` must live on the CPU.
+        """
+        batch = mel.shape[0]
+        time = (1 - torch.cos(torch.rand(batch, generator=generator) * (torch.pi / 2))).to(mel.device)
+        noise = torch.randn(mel.shape, generator=generator).to(mel)
+        keep = (torch.rand(batch, generator=generator) >= dials.cfg_dropout).to(mel.device)
+        shrink = 1 - dials.sigma_min
+        point = (1 - shrink * time[:, None, None]) * noise + time[:, None, None] * mel
+        velocity = self.estimator(point, time, *conditions.dropped(keep), mask)
+        return masked_error(velocity, mel - shrink * noise, mask, dials.norm)

@@ -1,0 +1,168 @@
+"""The flow: audio-token pairs, a reference mel and a speaker embedding to a mel at 50 frames per second.
+
+Everything is batched with lengths, so a batch of N equals N runs. Knows nothing about how tokens are interleaved, which
+files the weights come from, or what makes a waveform of the mel. (Decoder of arXiv 2511.03601.)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple, Self, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared.models.flow.cfm import CFM, Conditions, FlowTraining, masked_error
+from shared.models.flow.dit import DiT, DiTConfig
+from shared.models.flow.embedding import DualCodebookEmbedding
+from shared.models.flow.encoder import Encoder, EncoderConfig
+
+# Structure that the published configuration spells out and that this implementation fixes.
+FIXED_ENCODER_FIELDS: Mapping[str, object] = {
+    "input_layer": "linear",
+    "pos_enc_layer_type": "rel_pos_espnet",
+    "selfattention_layer_type": "rel_selfattn",
+    "activation_type": "swish",
+    "normalize_before": True,
+}
+Config = TypeVar("Config", EncoderConfig, DiTConfig)
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Sizes of the flow; the defaults are those of the published checkpoint."""
+
+    input_size: int = 512
+    output_size: int = 80
+    spk_embed_dim: int = 192
+    vocab_size: int = 5121
+    cfg_rate: float = 0.7
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    estimator: DiTConfig = field(default_factory=DiTConfig)
+
+    @classmethod
+    def from_dict(cls, section: Mapping[str, Any]) -> Self:
+        """Read the `flow` section of cosyvoice.yaml. Raises ValueError where it asks for another structure."""
+        encoder, decoder = section.get("encoder", {}), section.get("decoder", {})
+        for name, only in FIXED_ENCODER_FIELDS.items():
+            if encoder.get(name, only) != only:
+                raise ValueError(f"flow.encoder.{name} is {encoder[name]!r}; only {only!r} is supported")
+        if float(encoder.get("up_scale_factor", encoder.get("up_stride", 2))) != float(encoder.get("up_stride", 2)):
+            raise ValueError("flow.encoder.up_scale_factor differs from up_stride; they must be equal")
+        own = {name: section[name] for name in ("input_size", "output_size", "spk_embed_dim", "vocab_size") if name in section}
+        return cls(
+            **own,
+            cfg_rate=float(decoder.get("inference_cfg_rate", cls.cfg_rate)),
+            encoder=_pick(EncoderConfig, encoder),
+            estimator=_pick(DiTConfig, decoder.get("estimator", {})),
+        )
+
+
+def _pick(kind: type[Config], section: Mapping[str, Any]) -> Config:
+    return kind(**{entry.name: section[entry.name] for entry in fields(kind) if entry.name in section})
+
+
+class FlowLoss(NamedTuple):
+    """`total` is what to minimise; the parts are for the log."""
+
+    total: Tensor
+    cfm: Tensor
+    prior: Tensor
+
+
+def length_mask(lengths: Tensor, size: int) -> Tensor | None:
+    """Lengths (B,) to a mask of real places (B, size), or None when every place is real (which runs faster)."""
+    if bool((lengths == size).all()):
+        return None
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+class Flow(nn.Module):
+    """Dual-codebook embedding, conformer encoder, projection to a rough mel, and conditional flow matching."""
+
+    def __init__(self, config: FlowConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.input_embedding = DualCodebookEmbedding(config.vocab_size, config.input_size)
+        self.spk_embed_affine_layer = nn.Linear(config.spk_embed_dim, config.output_size)
+        self.encoder = Encoder(config.encoder)
+        self.encoder_proj = nn.Linear(config.encoder.output_size, config.output_size)
+        self.decoder = CFM(DiT(config.estimator), config.cfg_rate)
+
+    @property
+    def frames_per_token(self) -> int:
+        """Mel frames for each 25 Hz token pair."""
+        return self.config.encoder.up_stride
+
+    @property
+    def lookahead(self) -> int:
+        """Token pairs that a stream must know beyond the chunk that it makes."""
+        return self.config.encoder.pre_lookahead_len
+
+    def encode(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Token pairs (B, T, 2) with lengths (B,) to the rough mel mu (B, 2T, 80)."""
+        mu: Tensor = self.encoder_proj(self.encoder(self.input_embedding(tokens), length_mask(lengths, tokens.shape[1])))
+        return mu
+
+    def speaker(self, embedding: Tensor) -> Tensor:
+        """Speaker embeddings (B, 192) of any scale to (B, 80)."""
+        out: Tensor = self.spk_embed_affine_layer(F.normalize(embedding, dim=1).to(self.spk_embed_affine_layer.weight.dtype))
+        return out
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        prompt_mel: Tensor,
+        prompt_lengths: Tensor,
+        speaker: Tensor,
+        noise: Tensor,
+        *,
+        steps: int = 10,
+        cfg_rate: float | None = None,
+    ) -> Tensor:
+        """Mels of a batch, (B, 2T, 80) float32, the frames of the reference included.
+
+        tokens (B, T, 2): those of the reference first; lengths (B,); prompt_mel (B, P, 80) at two frames per token of the
+        reference with prompt_lengths (B,); speaker (B, 192); noise (B, 2T, 80) float32, see `flow_noise`. What lies beyond
+        a length has no effect on what lies before it. cfg_rate None takes the checkpoint's.
+        """
+        mu = self.encode(tokens, lengths)
+        frames = mu.shape[1]
+        cond = F.pad(prompt_mel[:, :frames], (0, 0, 0, max(0, frames - prompt_mel.shape[1])))
+        given = torch.arange(frames, device=mu.device) < prompt_lengths[:, None]
+        conditions = Conditions(mu, self.speaker(speaker), cond.to(mu.dtype) * given[..., None])
+        mel: Tensor = self.decoder(noise, conditions, length_mask(lengths * self.frames_per_token, frames), steps, cfg_rate)
+        return mel
+
+    def loss(
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        mel: Tensor,
+        mel_lengths: Tensor,
+        speaker: Tensor,
+        *,
+        dials: FlowTraining | None = None,
+        generator: torch.Generator | None = None,
+    ) -> FlowLoss:
+        """Training loss of a batch: tokens (B, T, 2), lengths (B,), mel (B, F, 80), mel_lengths (B,), speaker (B, 192).
+
+        Frames count where both the tokens and the mel have them. The reference is imitated by giving the first frames of
+        the mel itself as the condition, at the rate and up to the share that `dials` say. A CPU `generator` makes the
+        draws repeatable.
+        """
+        dials = dials or FlowTraining()
+        mu = self.encode(tokens, lengths)
+        frames = mu.shape[1]
+        mel = F.pad(mel[:, :frames], (0, 0, 0, max(0, frames - mel.shape[1])))
+        real = torch.minimum(lengths * self.frames_per_token, mel_lengths)
+        mask = torch.arange(frames, device=mel.device) < real[:, None]
+        share = torch.rand(len(mel), generator=generator) * dials.prompt_max_share
+        share = share * (torch.rand(len(mel), generator=generator) < dials.prompt_rate)
+        given = torch.arange(frames, device=mel.device) < (share.to(mel.device) * real)[:, None].floor()
+        conditions = Conditions(mu, self.speaker(speaker), mel * given[..., None])
+        cfm = self.decoder.loss(mel, mask, conditions, dials, generator)
+        prior = masked_error(mu, mel, mask, dials.norm)
+        return FlowLoss(cfm + dials.prior_weight * prior, cfm, prior)
