@@ -1,0 +1,42 @@
+# Everything that a person runs, from a fresh clone. Needs python3 (3.11 or newer) with venv; nothing else is installed
+# outside .venv. `make help` lists the targets.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.editx-ready
+EXTRAS ?= stack,picture,dev
+
+AUDIO ?= tests/data/audio/en_happy_prompt.wav
+EDIT ?= emotion:sad
+OUT ?= out
+
+.DEFAULT_GOAL := help
+.PHONY: help setup edit test lint nano clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+setup: $(READY)  ## the environment in .venv, installed at the versions of constraints/
+
+$(READY): pyproject.toml constraints/dev.txt
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --constraint constraints/dev.txt --editable ".[$(EXTRAS)]"
+	touch $@
+
+edit: $(READY)  ## edit a recording with the bundled checkpoint: AUDIO=..., EDIT=emotion:sad, result in OUT=out
+	$(VENV)/bin/editx edit $(AUDIO) --edit $(EDIT) --out $(OUT)
+
+test: $(READY)  ## all tests
+	$(PYTHON) -m pytest
+
+lint: $(READY)  ## style, types and the rules of the architecture
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+nano: $(READY)  ## train the bundled checkpoint again
+	$(PYTHON) -m pip install --quiet --constraint constraints/dev.txt --editable ".[$(EXTRAS),train]"
+	$(PYTHON) -m services.trainer.recipes.nano
+
+clean:  ## remove results and caches, keep .venv
+	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
