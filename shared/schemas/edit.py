@@ -17,7 +17,7 @@ REMOVE = "remove"
 
 
 class Edit(BaseModel):
-    """One edit: a type, for some types a tag, and for some a new text (arXiv 2511.03601, section 3.2).
+    """One edit: a type, for some types a tag, and for some a new text (arXiv 2511.03601).
 
     `emotion`, `style` and `speed` take a tag in `detail` ("happy", "whisper", "faster"; "remove" takes an emotion or
     style away). `clone` speaks `target_text` with the reference's voice; `paralinguistic` says `target_text`, the same

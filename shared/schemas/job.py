@@ -42,6 +42,9 @@ class JobError(BaseModel):
     message: str
     hint: str = ""
     retryable: bool = False
+    dead_letter: bool = Field(
+        default=False, description="Whether the failed step's message belongs with the dead letters."
+    )
 
 
 class LeaseState(BaseModel):

@@ -81,8 +81,8 @@ def build_route(job_id: str, request: JobRequest) -> Route:
     """The steps of a request: (tokenize, generate, decode) per iteration, with score before decode when there are
     candidates.
 
-    Every iteration tokenises the audio of the one before it, as in the paper's iterated editing (arXiv 2511.03601,
-    section 4.2); its seed is the request's plus the iteration's number.
+    Every iteration tokenises the audio of the one before it, as in the paper's iterated editing (arXiv 2511.03601);
+    its seed is the request's plus the iteration's number.
     """
     if request.training is not None:
         parameters = {"recipe": request.training.recipe, "settings": request.training.settings, "seed": request.seed}

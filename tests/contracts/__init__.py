@@ -1,0 +1,1 @@
+"""One suite per port, run against every adapter: the promises that the ports' docstrings make."""

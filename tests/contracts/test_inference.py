@@ -1,0 +1,157 @@
+"""The promises of inference, against a model of a few lines. Adapters that need a server serve the same model."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+
+from shared.errors import PermanentError
+from shared.inference.local import LocalInference
+from shared.inference.port import (
+    DeadlineExceeded,
+    Inference,
+    InferenceRequest,
+    InferenceUnavailable,
+    RequestCancelled,
+    Tensors,
+    UnknownModel,
+)
+
+
+class Doubler:
+    """Doubles `x`; `wait_s` makes it slow, `fail` makes it raise, and its stream hands out one number at a time."""
+
+    name = "doubler"
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.streamed = 0
+
+    def infer(self, requests: Sequence[InferenceRequest]) -> list[Tensors | Exception]:
+        self.batches.append(len(requests))
+        return [self._one(request) for request in requests]
+
+    def stream(self, request: InferenceRequest) -> Iterator[Tensors]:
+        for number in request.inputs["x"]:
+            if request.cancelled():
+                raise RequestCancelled("cancelled between two pieces")
+            time.sleep(float(request.parameters.get("wait_s", 0.0)))
+            self.streamed += 1
+            yield {"y": np.asarray([number * 2], np.float32)}
+
+    def _one(self, request: InferenceRequest) -> Tensors | Exception:
+        if request.parameters.get("fail"):
+            return PermanentError("Asked to fail.", "Ask for something else.", "asked_to_fail")
+        until = time.monotonic() + float(request.parameters.get("wait_s", 0.0))
+        while time.monotonic() < until:
+            if request.cancelled():
+                return RequestCancelled("cancelled while it worked")
+            time.sleep(0.01)
+        return {"y": request.inputs["x"] * 2}
+
+
+@pytest.fixture
+def model() -> Doubler:
+    return Doubler()
+
+
+@pytest.fixture
+def inference(model: Doubler) -> Iterator[Inference]:
+    adapter = LocalInference({"doubler": lambda: model}, max_delay_s=0.05)
+    yield adapter
+    adapter.close()
+
+
+X = np.asarray([1.0, 2.0, 3.0], np.float32)
+
+
+def test_an_answer_holds_the_models_tensors(inference: Inference) -> None:
+    assert inference.ready("doubler")
+    np.testing.assert_array_equal(inference.infer("doubler", {"x": X})["y"], X * 2)
+
+
+def test_a_stream_hands_out_pieces_in_order(inference: Inference) -> None:
+    pieces = [piece["y"].tolist() for piece in inference.stream("doubler", {"x": X})]
+    assert pieces == [[2.0], [4.0], [6.0]]
+
+
+def test_an_unknown_model_is_refused(inference: Inference) -> None:
+    assert not inference.ready("nobody")
+    with pytest.raises(UnknownModel):
+        inference.infer("nobody", {"x": X})
+    with pytest.raises(UnknownModel):
+        list(inference.stream("nobody", {"x": X}))
+
+
+def test_the_models_error_comes_back_with_its_code_and_hint(inference: Inference) -> None:
+    with pytest.raises(PermanentError) as raised:
+        inference.infer("doubler", {"x": X}, parameters={"fail": True})
+    assert (raised.value.code, raised.value.hint) == ("asked_to_fail", "Ask for something else.")
+
+
+def test_requests_that_come_together_share_a_batch_and_fail_alone(inference: Inference, model: Doubler) -> None:
+    answers: dict[int, object] = {}
+
+    def ask(number: int) -> None:
+        try:
+            parameters = {"fail": number == 2}
+            answers[number] = inference.infer("doubler", {"x": X * number}, parameters=parameters)["y"].tolist()
+        except PermanentError as error:
+            answers[number] = error.code
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = {number: (X * number * 2).tolist() for number in range(4)}
+    assert answers == {**expected, 2: "asked_to_fail"}
+    assert max(model.batches) > 1
+
+
+def test_a_late_answer_raises_at_the_deadline(inference: Inference) -> None:
+    began = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        inference.infer("doubler", {"x": X}, parameters={"wait_s": 5.0}, deadline=began + 0.2)
+    assert time.monotonic() - began < 2.0
+
+
+def test_a_cancelled_request_returns_soon_and_stops_the_model(inference: Inference) -> None:
+    cancel = threading.Event()
+    threading.Timer(0.2, cancel.set).start()
+    began = time.monotonic()
+    with pytest.raises(RequestCancelled):
+        inference.infer("doubler", {"x": X}, parameters={"wait_s": 5.0}, cancelled=cancel.is_set)
+    assert inference.infer("doubler", {"x": X})["y"] is not None
+    assert time.monotonic() - began < 2.0
+
+
+def test_closing_a_stream_stops_the_model(inference: Inference, model: Doubler) -> None:
+    numbers = np.arange(200, dtype=np.float32)
+    pieces = inference.stream("doubler", {"x": numbers}, parameters={"wait_s": 0.01})
+    next(pieces)
+    pieces.close()  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(inference.infer("doubler", {"x": X})["y"], X * 2)
+    assert model.streamed < 100
+
+
+def test_a_stream_is_cancelled_by_its_flag(inference: Inference) -> None:
+    cancel = threading.Event()
+    pieces = inference.stream(
+        "doubler", {"x": np.arange(500, dtype=np.float32)}, parameters={"wait_s": 0.01}, cancelled=cancel.is_set
+    )
+    next(pieces)
+    cancel.set()
+    with pytest.raises(RequestCancelled):
+        list(pieces)
+
+
+def test_a_closed_inference_refuses_calls(inference: Inference) -> None:
+    inference.close()
+    inference.close()
+    with pytest.raises(InferenceUnavailable):
+        inference.infer("doubler", {"x": X})
