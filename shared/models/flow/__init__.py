@@ -1,4 +1,4 @@
-"""The flow-matching decoder: audio tokens to mel. Pure torch; see `flow.Flow` for the model and `stream.FlowStream` for streaming."""
+"""The flow-matching decoder, audio tokens to mel: `flow.Flow` is the model, `stream.FlowStream` one stream."""
 
 from shared.models.flow.cfm import FlowTraining, flow_noise
 from shared.models.flow.dit import DiTConfig

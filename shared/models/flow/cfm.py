@@ -1,6 +1,7 @@
 """Conditional flow matching: the way from noise to mel, its guidance and its training loss.
 
-Knows the estimator and nothing about tokens, speakers or audio. (Flow matching: arXiv 2210.02747; guidance: arXiv 2207.12598.)
+Knows the estimator and nothing about tokens, speakers or audio. (Flow matching: arXiv 2210.02747; guidance:
+arXiv 2207.12598.)
 """
 
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ class CFM(nn.Module):
         cfg_rate: float | None,
         past: list[list[BlockCache]] | None,
     ) -> tuple[Tensor, list[list[BlockCache]]]:
-        """As `forward` for one chunk of a stream; `past` and the second result hold the caches of every step and block."""
+        """As `forward` for one chunk of a stream; `past` and the second result: caches by step and block."""
         return self._solve(noise, conditions, None, steps, cfg_rate, past, streaming=True)
 
     def _solve(

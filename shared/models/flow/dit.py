@@ -1,7 +1,7 @@
 """The velocity estimator of the flow: a diffusion transformer with a causal convolution in every block.
 
-Frames attend to all frames without any positional encoding; order enters through the convolutions alone. Knows nothing about
-time schedules, guidance or noise. Parameter names are those of the published checkpoint. (DiT: arXiv 2212.09748.)
+Frames attend to all frames without any positional encoding; order enters through the convolutions alone. Knows nothing
+about time schedules, guidance or noise. Parameter names are those of the published checkpoint. (DiT: arXiv 2212.09748.)
 """
 
 import math
@@ -134,7 +134,7 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Modulation(nn.ModuleDict):
-    """SiLU and a linear layer from the timestep to `parts` vectors; zero at the start, so that a block begins as the identity."""
+    """SiLU and a linear layer from the timestep to `parts` vectors; zero at first: a block begins as identity."""
 
     def __init__(self, size: int, parts: int) -> None:
         super().__init__({"1": nn.Linear(size, parts * size)})
@@ -146,7 +146,7 @@ class Modulation(nn.ModuleDict):
 
 
 class DiTBlock(nn.Module):
-    """adaLN-Zero block. The modulation is stored in the order attention, MLP, convolution; they run attention, convolution, MLP."""
+    """adaLN-Zero block. Modulations are stored as attention, MLP, convolution; it runs attention, convolution, MLP."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -155,7 +155,9 @@ class DiTBlock(nn.Module):
         self.conv = ConvBlock(config.hidden_size)
         self.adaLN_modulation = Modulation(config.hidden_size, 9)
 
-    def forward(self, x: Tensor, time: Tensor, mask: Tensor | None, past: BlockCache | None) -> tuple[Tensor, BlockCache]:
+    def forward(
+        self, x: Tensor, time: Tensor, mask: Tensor | None, past: BlockCache | None
+    ) -> tuple[Tensor, BlockCache]:
         """x (B, T, C), time (B, C) or (1, C) -> (B, T, C) and the cache after this chunk."""
         attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate, conv_shift, conv_scale, conv_gate = (
             self.adaLN_modulation(time)
@@ -199,7 +201,7 @@ class DiT(nn.Module):
     ) -> Tensor:
         """Velocity (B, T, 80) in float32.
 
-        x, mu, cond (B, T, 80); speaker (B, 80); time (B,) or (1,) in 0..1; mask of real frames (B, T), None when all are.
+        x, mu, cond (B, T, 80); speaker (B, 80); time (B,) or (1,) in 0..1; mask of real frames (B, T), None if all are.
         """
         hidden, embedded = self._enter(x, time, mu, speaker, cond)
         keys = None if mask is None else mask[:, None, None]
@@ -226,12 +228,12 @@ class DiT(nn.Module):
 
 
 def _initialize(module: nn.Module) -> None:
-    """Start of training: plain layers by Xavier, the timestep network small, modulations and output zero (adaLN-Zero)."""
+    """Start of training: plain layers by Xavier, the timestep network small, modulations and output zero."""
     if isinstance(module, TimestepEmbedder):
-        for layer in (module.mlp[0], module.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        nn.init.normal_(module.get_parameter("mlp.0.weight"), std=0.02)
+        nn.init.normal_(module.get_parameter("mlp.2.weight"), std=0.02)
     elif isinstance(module, Modulation):
-        nn.init.zeros_(module["1"].weight)
+        nn.init.zeros_(module.get_parameter("1.weight"))
     elif isinstance(module, FinalLayer):
         nn.init.zeros_(module.linear.weight)
     elif isinstance(module, nn.Linear):

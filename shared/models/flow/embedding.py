@@ -1,4 +1,4 @@
-"""The dual-codebook embedding: one table, two look-ups per 25 Hz frame. It knows nothing about how codes are interleaved."""
+"""The dual-codebook embedding: one table, two look-ups per frame. Knows nothing about how codes are interleaved."""
 
 import torch
 from torch import Tensor, nn

@@ -1,10 +1,12 @@
 """The conformer encoder of the flow: 25 Hz token embeddings to 50 Hz hidden states.
 
-Linear + LayerNorm, a look-ahead convolution, conformer layers with relative positions (Transformer-XL form), doubling in time, and
-conformer layers again. Knows nothing about codebooks, mels or sampling. Parameter names are those of the published checkpoint.
+Linear + LayerNorm, a look-ahead convolution, conformer layers with relative positions (Transformer-XL), doubling in
+time, and conformer layers again. Knows nothing about codebooks, mels or sampling. Parameter names are those of the
+published checkpoint.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,7 +49,7 @@ class EncoderCache(NamedTuple):
 
 
 def relative_positions(keys: int, size: int, like: Tensor) -> Tensor:
-    """Sinusoids of the distances keys-1 ... -(keys-1) between a query and a key, (2*keys-1, size), in the dtype of `like`."""
+    """Sinusoids of the distances keys-1 ... -(keys-1) between a query and a key, (2*keys-1, size), typed as `like`."""
     distance = torch.arange(keys - 1, -keys, -1, dtype=torch.float32, device=like.device)
     rate = torch.exp(torch.arange(0, size, 2, dtype=torch.float32, device=like.device) * (-math.log(10000.0) / size))
     angle = distance[:, None] * rate
@@ -55,9 +57,9 @@ def relative_positions(keys: int, size: int, like: Tensor) -> Tensor:
 
 
 def relative_shift(scores: Tensor, keys: int) -> Tensor:
-    """Scores by distance to scores by key, (B, H, T, 2*keys-1) -> (B, H, T, keys); the T queries are the last T of the keys.
+    """Scores by distance to scores by key, (B, H, T, 2*keys-1) -> (B, H, T, keys); the queries are the last T frames.
 
-    Row i must move left by T-1-i. One leading zero per row and a re-read with rows one longer does that for all rows at once.
+    Row i must move left by T-1-i. One leading zero per row, read back with rows one longer, moves all rows at once.
     """
     batch, heads, queries, width = scores.shape
     skewed = F.pad(scores, (1, 0)).reshape(batch, heads, width + 1, queries)
@@ -65,7 +67,7 @@ def relative_shift(scores: Tensor, keys: int) -> Tensor:
 
 
 class RelativeAttention(nn.Module):
-    """Multi-head attention with relative positions and the two learned biases u and v (arXiv 1901.02860, section 3.3)."""
+    """Multi-head attention with relative positions and the two learned biases u and v (arXiv 1901.02860)."""
 
     def __init__(self, size: int, heads: int, key_bias: bool) -> None:
         super().__init__()
@@ -81,10 +83,12 @@ class RelativeAttention(nn.Module):
         nn.init.xavier_uniform_(self.pos_bias_v)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(-2, -3)  # (..., T, C) -> (..., H, T, D)
+        return x.view(*x.shape[:-1], self.heads, -1).transpose(-2, -3)  # (..., T, C) -> (..., H, T, D)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
-        """x (B, T, C), positions (2K-1, C), mask of keys (B, K) or None -> (B, T, C) and the keys and values of all K frames."""
+    def forward(
+        self, x: Tensor, positions: Tensor, mask: Tensor | None, past: KeyValue | None
+    ) -> tuple[Tensor, KeyValue]:
+        """x (B, T, C), positions (2K-1, C), mask of keys (B, K) or None -> (B, T, C), all K keys and values."""
         query, key, value = self._split(self.linear_q(x)), self._split(self.linear_k(x)), self._split(self.linear_v(x))
         if past is not None:
             key, value = torch.cat([past.keys, key], dim=2), torch.cat([past.values, value], dim=2)
@@ -112,7 +116,7 @@ class FeedForward(nn.Module):
 
 
 class ConformerLayer(nn.Module):
-    """A pre-norm conformer layer in its plain form: attention and feed-forward, no macaron half and no convolution module."""
+    """A pre-norm conformer layer in its plain form: attention and feed-forward, no macaron half, no convolution."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -123,7 +127,9 @@ class ConformerLayer(nn.Module):
         self.norm_ff = nn.LayerNorm(size, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
+    def forward(
+        self, x: Tensor, positions: Tensor, mask: Tensor | None, past: KeyValue | None
+    ) -> tuple[Tensor, KeyValue]:
         """As RelativeAttention.forward."""
         attended, seen = self.self_attn(self.norm_mha(x), positions, mask, past)
         x = x + self.dropout(attended)
@@ -193,7 +199,7 @@ class Encoder(nn.Module):
         self.after_norm = nn.LayerNorm(size, eps=1e-5)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """A whole batch at once: x (B, T, C), mask of real frames (B, T) or None when all are -> (B, up_stride*T, C)."""
+        """A whole batch at once: x (B, T, C), mask of real frames (B, T) or None if all are -> (B, up_stride*T, C)."""
         x = self.embed(x)
         if mask is not None:
             x = x * mask[..., None]  # the look-ahead of the last real frame must see zeros, as it does alone
@@ -201,14 +207,15 @@ class Encoder(nn.Module):
         return self._layers(x, mask, None)[0]
 
     def forward_chunk(self, x: Tensor, cache: EncoderCache | None, *, last: bool) -> tuple[Tensor, EncoderCache]:
-        """One chunk of a stream: x (B, T + look-ahead, C), or (B, T, C) when it is the last -> (B, up_stride*T, C), cache."""
+        """One chunk of a stream: x (B, T + look-ahead, C), (B, T, C) if the last -> (B, up_stride*T, C), cache."""
         x = self.embed(x)
         if last:
             x = F.pad(x, (0, 0, 0, self.config.pre_lookahead_len))
         return self._layers(x, None, cache)
 
     def _layers(self, x: Tensor, mask: Tensor | None, cache: EncoderCache | None) -> tuple[Tensor, EncoderCache]:
-        past = list(cache.layers) if cache else [None] * (len(self.encoders) + len(self.up_encoders))
+        depth = len(self.encoders) + len(self.up_encoders)
+        past: Sequence[KeyValue | None] = cache.layers if cache else [None] * depth
         x, lookahead = self.pre_lookahead_layer(x, cache.lookahead if cache else None)
         x, seen = self._stack(self.encoders, x, mask, past[: len(self.encoders)])
         x, upsample = self.up_layer(x, cache.upsample if cache else None)
@@ -218,7 +225,7 @@ class Encoder(nn.Module):
 
     @staticmethod
     def _stack(
-        layers: nn.ModuleList, x: Tensor, mask: Tensor | None, past: list[KeyValue | None] | list[KeyValue]
+        layers: nn.ModuleList, x: Tensor, mask: Tensor | None, past: Sequence[KeyValue | None]
     ) -> tuple[Tensor, list[KeyValue]]:
         known = past[0].keys.shape[2] if past and past[0] is not None else 0
         positions = relative_positions(known + x.shape[1], x.shape[2], x)

@@ -49,7 +49,8 @@ class FlowConfig:
                 raise ValueError(f"flow.encoder.{name} is {encoder[name]!r}; only {only!r} is supported")
         if float(encoder.get("up_scale_factor", encoder.get("up_stride", 2))) != float(encoder.get("up_stride", 2)):
             raise ValueError("flow.encoder.up_scale_factor differs from up_stride; they must be equal")
-        own = {name: section[name] for name in ("input_size", "output_size", "spk_embed_dim", "vocab_size") if name in section}
+        sizes = ("input_size", "output_size", "spk_embed_dim", "vocab_size")
+        own = {name: section[name] for name in sizes if name in section}
         return cls(
             **own,
             cfg_rate=float(decoder.get("inference_cfg_rate", cls.cfg_rate)),
@@ -101,12 +102,14 @@ class Flow(nn.Module):
 
     def encode(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Token pairs (B, T, 2) with lengths (B,) to the rough mel mu (B, 2T, 80)."""
-        mu: Tensor = self.encoder_proj(self.encoder(self.input_embedding(tokens), length_mask(lengths, tokens.shape[1])))
+        hidden = self.encoder(self.input_embedding(tokens), length_mask(lengths, tokens.shape[1]))
+        mu: Tensor = self.encoder_proj(hidden)
         return mu
 
     def speaker(self, embedding: Tensor) -> Tensor:
         """Speaker embeddings (B, 192) of any scale to (B, 80)."""
-        out: Tensor = self.spk_embed_affine_layer(F.normalize(embedding, dim=1).to(self.spk_embed_affine_layer.weight.dtype))
+        affine = self.spk_embed_affine_layer
+        out: Tensor = affine(F.normalize(embedding, dim=1).to(affine.weight.dtype))
         return out
 
     @torch.inference_mode()
@@ -124,16 +127,17 @@ class Flow(nn.Module):
     ) -> Tensor:
         """Mels of a batch, (B, 2T, 80) float32, the frames of the reference included.
 
-        tokens (B, T, 2): those of the reference first; lengths (B,); prompt_mel (B, P, 80) at two frames per token of the
-        reference with prompt_lengths (B,); speaker (B, 192); noise (B, 2T, 80) float32, see `flow_noise`. What lies beyond
-        a length has no effect on what lies before it. cfg_rate None takes the checkpoint's.
+        tokens (B, T, 2): those of the reference first; lengths (B,); prompt_mel (B, P, 80) at two frames per token of
+        the reference with prompt_lengths (B,); speaker (B, 192); noise (B, 2T, 80) float32, see `flow_noise`. What lies
+        beyond a length has no effect on what lies before it. cfg_rate None takes the checkpoint's.
         """
         mu = self.encode(tokens, lengths)
         frames = mu.shape[1]
         cond = F.pad(prompt_mel[:, :frames], (0, 0, 0, max(0, frames - prompt_mel.shape[1])))
         given = torch.arange(frames, device=mu.device) < prompt_lengths[:, None]
         conditions = Conditions(mu, self.speaker(speaker), cond.to(mu.dtype) * given[..., None])
-        mel: Tensor = self.decoder(noise, conditions, length_mask(lengths * self.frames_per_token, frames), steps, cfg_rate)
+        mask = length_mask(lengths * self.frames_per_token, frames)
+        mel: Tensor = self.decoder(noise, conditions, mask, steps, cfg_rate)
         return mel
 
     def loss(
@@ -149,9 +153,9 @@ class Flow(nn.Module):
     ) -> FlowLoss:
         """Training loss of a batch: tokens (B, T, 2), lengths (B,), mel (B, F, 80), mel_lengths (B,), speaker (B, 192).
 
-        Frames count where both the tokens and the mel have them. The reference is imitated by giving the first frames of
-        the mel itself as the condition, at the rate and up to the share that `dials` say. A CPU `generator` makes the
-        draws repeatable.
+        Frames count where both the tokens and the mel have them. The reference is imitated by giving the first frames
+        of the mel itself as the condition, at the rate and up to the share that `dials` say. A CPU `generator` makes
+        the draws repeatable.
         """
         dials = dials or FlowTraining()
         mu = self.encode(tokens, lengths)

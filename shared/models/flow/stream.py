@@ -1,8 +1,8 @@
 """One stream through the flow: token pairs in chunks, mel out, all state in one object, so that streams do not meet.
 
-The look-ahead, the caches and the attention window are those of the published decoder: attention reaches the reference and
-the newest 96 frames (1.92 s) before the chunk. One thing differs: frame n always starts from noise frame n, as it does without
-streaming; the published decoder starts every chunk after the window is full from the same noise.
+The look-ahead, the caches and the attention window are those of the published decoder: attention reaches the reference
+and the newest 96 frames (1.92 s) before the chunk. One thing differs: frame n always starts from noise frame n, as it
+does without streaming; the published decoder starts every chunk after the window is full from the same noise.
 """
 
 import torch
@@ -32,9 +32,11 @@ class FlowStream:
         cfg_rate: float | None = None,
         left_context_frames: int = LEFT_CONTEXT_FRAMES,
     ) -> None:
-        """prompt_tokens (P, 2) followed by the first `flow.lookahead` pairs of the stream; prompt_mel (2P, 80); speaker (192,).
+        """Runs the reference through the model once.
 
-        noise (frames, 80) replaces the noise that `seed` gives. Runs the reference through the model once.
+        prompt_tokens (P + look-ahead, 2): those of the reference, then the first `flow.lookahead` pairs of the stream;
+        prompt_mel (2P, 80); speaker (192,); noise (frames, 80) replaces the noise that `seed` gives.
+        Raises ValueError when prompt_mel has another length.
         """
         frames = (len(prompt_tokens) - flow.lookahead) * flow.frames_per_token
         if len(prompt_mel) != frames:

@@ -13,12 +13,13 @@ from torch import Tensor
 from shared.codes import time_align
 from shared.models.flow import Flow, FlowConfig
 
+torch.set_num_threads(1)  # these models are too small to share out
 GOLDEN = Path(__file__).parents[3] / "data" / "golden" / "decoder_small"
 
 
 @pytest.fixture(scope="session")
 def golden() -> dict[str, Tensor]:
-    """Inputs and outputs, with the tokens aligned and the reference mel at two frames per token, time before channels."""
+    """Inputs and outputs, the tokens aligned and the reference mel at two frames per token, time before channels."""
     io = load_file(GOLDEN / "io.safetensors")
     prompt, tokens = time_align(io["prompt_tokens"]), time_align(io["tokens"])
     prompt_mel = F.interpolate(io["prompt_mel"].transpose(1, 2), size=2 * len(prompt), mode="nearest").transpose(1, 2)
