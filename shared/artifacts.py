@@ -17,6 +17,7 @@ from shared.codes import Codes, interleave
 from shared.errors import PoisonError
 
 VERSION = 1
+METADATA_KEY = "editx"  # one key, since safetensors writes several in no fixed order
 SPEAKER_SIZE = 192
 MEL_BINS = 80
 
@@ -24,15 +25,15 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def _pack(kind: str, arrays: Mapping[str, npt.NDArray[Any]], facts: Mapping[str, object]) -> bytes:
-    metadata = {"kind": kind, "version": str(VERSION), "facts": json.dumps(facts, sort_keys=True)}
-    return bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata))
+    document = json.dumps({"kind": kind, "version": VERSION, "facts": facts}, sort_keys=True)
+    return bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, {METADATA_KEY: document}))
 
 
 def _unpack(kind: str, blob: bytes) -> tuple[Arrays, dict[str, Any]]:
     try:
         header_size = int.from_bytes(blob[:8], "little")
-        metadata = json.loads(blob[8 : 8 + header_size])["__metadata__"]
-        found, version, facts = metadata["kind"], int(metadata["version"]), json.loads(metadata["facts"])
+        document = json.loads(json.loads(blob[8 : 8 + header_size])["__metadata__"][METADATA_KEY])
+        found, version, facts = str(document["kind"]), int(document["version"]), dict(document["facts"])
         arrays = dict(load(blob))
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError, OverflowError, MemoryError) as error:
         raise PoisonError(f"{kind} artifact: {len(blob)} bytes that are not one ({error}).",
