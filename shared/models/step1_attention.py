@@ -24,7 +24,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
     slopes = [base**k for k in range(1, whole + 1)]
     base = 2.0 ** (-4.0 / whole)
     slopes += [base**k for k in range(1, 2 * (num_heads - whole), 2)]
-    return torch.tensor(slopes, dtype=torch.float32)
+    return torch.tensor(slopes, dtype=torch.float32, device="cpu")
 
 
 class SqrtAlibi:
@@ -42,15 +42,16 @@ class SqrtAlibi:
     def _grown(self, span: int, device: torch.device) -> Tensor:
         if self._rows is None or span > self._span or self._rows.device != device:
             self._span = max(1024, 1 << (span - 1).bit_length())
-            distances = torch.arange(self._span - 1, -1, -1, dtype=torch.float32).sqrt()
-            row = -self.slopes_on(device)[:, None] * distances.to(device)
-            self._rows = F.pad(row, (0, self._span), value=-torch.inf)
+            with torch.inference_mode(False):                   # the rows outlive this call and may serve training
+                distances = torch.arange(self._span - 1, -1, -1, dtype=torch.float32, device=device).sqrt()
+                self._rows = F.pad(-self.slopes_on(device)[:, None] * distances, (0, self._span), value=-torch.inf)
         return self._rows
 
     def slopes_on(self, device: torch.device) -> Tensor:
         """The slopes (H,) on a device, copied there once."""
         if self.slopes.device != device:
-            self.slopes = self.slopes.to(device)
+            with torch.inference_mode(False):
+                self.slopes = self.slopes.to(device)
         return self.slopes
 
     def reversed_block(self, start: int, count: int, device: torch.device) -> Tensor:
@@ -78,7 +79,7 @@ def _by_group(x: Tensor, groups: int) -> Tensor:
 
 def _attend_block(q: Tensor, k: Tensor, v: Tensor, reversed_bias: Tensor) -> Tensor:
     """q (B, H, C, D) over k, v (B, G, N, D) with the bias of the reversed queries; -> (B, H, C, D)."""
-    if q.is_cuda:                                               # the fused kernel with a bias wants equal head counts
+    if q.is_cuda:  # the fused kernel with a bias wants equal head counts
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q.flip(2), k, v, attn_mask=reversed_bias, enable_gqa=grouped).flip(2)
@@ -109,7 +110,7 @@ class WholeSequences:
         return self._block[:, :, self._longest - length :, :length]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))        # (B, heads, L, D)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, L, D)
         parts = []
         for rows, start, stop in self.spans:
             piece_q, piece_k, piece_v = (x[rows, :, start:stop] for x in (q, k, v))
@@ -209,7 +210,7 @@ class CachedPrefill:
         self.cache, self.slot, self.start, self.stop = cache, slot, start, start + count
         self.bias = alibi.reversed_block(start, count, cache.keys.device)
         if self.bias.is_cuda:
-            self.bias = self.bias.to(cache.keys.dtype)          # (1, H, count, stop), shared by all layers
+            self.bias = self.bias.to(cache.keys.dtype)  # (1, H, count, stop), shared by all layers
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.keys[layer, self.slot], self.cache.values[layer, self.slot]
@@ -239,7 +240,7 @@ class CachedDecode:
         out = torch.zeros_like(q)
         for row, ((slot, length), bias) in enumerate(zip(self.slots, self.biases, strict=True)):
             keys[slot, :, length - 1], values[slot, :, length - 1] = k[row, 0], v[row, 0]
-            query = _by_group(q[row], keys.shape[1])            # (1, G, R, D)
+            query = _by_group(q[row], keys.shape[1])  # (1, G, R, D)
             result = F.scaled_dot_product_attention(
                 query, keys[None, slot, :, :length], values[None, slot, :, :length], attn_mask=bias
             )
@@ -257,16 +258,16 @@ class StaticDecode:
     def __init__(self, cache: KVCache, positions: Tensor, span: int, slopes: Tensor) -> None:
         self.cache, self.positions, self.span = cache, positions, span
         groups = cache.keys.shape[2]
-        distance = positions[:, None] - torch.arange(span, device=positions.device)               # (S, span)
+        distance = positions[:, None] - torch.arange(span, device=positions.device)  # (S, span)
         row = torch.where(distance >= 0, -distance.clamp(min=0).to(torch.float32).sqrt(), -torch.inf)
         bias = row[:, None, :] * slopes[None, :, None]
-        self.bias = _by_group(bias, groups).to(cache.keys.dtype)                                  # (S, G, R, span)
+        self.bias = _by_group(bias, groups).to(cache.keys.dtype)  # (S, G, R, span)
         self.rows = torch.arange(positions.shape[0], device=positions.device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys[self.rows, :, self.positions], values[self.rows, :, self.positions] = k[:, 0], v[:, 0]
-        query = _by_group(q[:, 0], keys.shape[1])               # (S, G, R, D)
+        query = _by_group(q[:, 0], keys.shape[1])  # (S, G, R, D)
         result = F.scaled_dot_product_attention(
             query, keys[:, :, : self.span], values[:, :, : self.span], attn_mask=self.bias
         )

@@ -144,6 +144,14 @@ def test_bfloat16_stays_near_float32(golden: dict[str, torch.Tensor], model: Ste
     assert relative < 0.03
 
 
+def test_a_model_that_generated_can_be_trained_afterwards(golden: dict[str, torch.Tensor], model: Step1) -> None:
+    fresh = Step1(model.config)
+    with torch.inference_mode():
+        fresh.prefill(golden["input_ids"][0, :20], fresh.new_cache(slots=1, capacity=20), 0)
+    fresh(golden["input_ids"][:, :20])[1].sum().backward()
+    assert fresh.lm_head.weight.grad is not None
+
+
 def test_a_full_slot_says_what_to_do(model: Step1) -> None:
     cache = model.new_cache(slots=1, capacity=8)
     with pytest.raises(ValueError, match=r"9 more do not fit.*raise the cache capacity"):
