@@ -6,7 +6,9 @@ Knows nothing about which model the weights belong to.
 from __future__ import annotations
 
 import pickle
+import re
 import struct
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,11 +75,14 @@ def read_weights(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
 
 def _unpickle(path: Path, device: str | torch.device) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location=device, mmap=True, weights_only=True)
+        content = torch.load(path, map_location=device, mmap=zipfile.is_zipfile(path), weights_only=True)
     except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if code is None:
+            raise _broken(path, ValueError("it is not a file of tensors")) from error
         raise InvalidCheckpoint(
-            f"{path} holds more than tensors ({str(error).splitlines()[0][:160]}), or is damaged.",
-            "Pickles can run code, so only tensors are accepted: fetch it again from a source you trust.",
+            f"{path} holds code ({code[1]}) where only tensors belong. It was not run.",
+            "Fetch the file again from a source you trust.",
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, struct.error) as error:
         raise _broken(path, error) from error
@@ -90,5 +95,8 @@ def _unpickle(path: Path, device: str | torch.device) -> dict[str, Tensor]:
 
 
 def _broken(path: Path, error: Exception) -> InvalidCheckpoint:
+    with path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            return InvalidCheckpoint(f"{path} is a Git LFS pointer, not the file itself.", "Run `git lfs pull` there.")
     reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
     return InvalidCheckpoint(f"{path} cannot be read: {reason}.", "It is truncated or damaged: fetch it again.")
