@@ -66,13 +66,16 @@ class Metadata(BaseModel):
     trained_on: TrainedOn | None = None
 
     def knows(self, edit_type: str, detail: str | None = None) -> bool:
-        """Whether this checkpoint was trained on an edit type (and detail, such as ``emotion`` and ``happy``)."""
+        """Whether this checkpoint was trained on an edit type (and detail, such as ``emotion`` and ``happy``).
+
+        ``remove`` goes with the type: who learned to add an emotion learned to take it away.
+        """
         if self.trained_on is None:
             return True
         learned = getattr(self.trained_on, edit_type, False)
         if isinstance(learned, bool):
             return learned
-        return detail in learned if detail is not None else bool(learned)
+        return bool(learned) if detail in (None, "remove") else detail in learned
 
 
 def checkpoints_home() -> Path:

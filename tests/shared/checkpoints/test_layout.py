@@ -106,7 +106,9 @@ def test_metadata_says_what_the_checkpoint_was_trained_on(tmp_path: Path) -> Non
     metadata = Checkpoint.resolve(tmp_path).metadata
     assert metadata.name == "nano"
     assert metadata.knows("emotion", "happy")
+    assert metadata.knows("emotion", "remove")
     assert not metadata.knows("emotion", "angry")
+    assert not metadata.knows("style", "remove")
     assert not metadata.knows("style")
     assert metadata.knows("denoise")
     assert not metadata.knows("vad")
