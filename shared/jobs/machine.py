@@ -97,9 +97,11 @@ def accept(
 
 def dispatched(job: Job, step_index: int, now: float) -> Move:
     """The message of a step is on the bus. Nothing changes when the job has moved on since."""
-    if job.is_terminal or job.step_index != step_index or job.lease is not None:
+    if job.is_terminal or job.step_index != step_index or (job.lease is not None and job.lease.expires_at > now):
         return Move(job)
-    return Move(_next(job, now, dispatched=step_index, due_at=max(now, job.not_before) + QUEUE_GRACE_S))
+    due_at = max(now, job.not_before) + QUEUE_GRACE_S
+    due_at = due_at if job.deadline is None else min(due_at, max(job.deadline, now + DISPATCH_GRACE_S))
+    return Move(_next(job, now, dispatched=step_index, due_at=due_at))
 
 
 def acquire(job: Job, step_index: int, owner: str, ttl_s: float, now: float) -> Move:

@@ -1,0 +1,46 @@
+"""Putting messages on the bus: the next step of a job, and the dead letters. Knows nothing about how steps are done."""
+
+from __future__ import annotations
+
+import json
+
+from shared import telemetry
+from shared.bus.port import Bus, Delivery
+from shared.errors import EditxError
+from shared.jobs import machine
+from shared.jobs.port import JobStore
+from shared.schemas.job import Job, JobError
+from shared.schemas.messages import BusMessage
+from shared.schemas.route import DLQ_FAILED, DLQ_UNREADABLE
+
+
+def publish_step(bus: Bus, jobs: JobStore, job: Job) -> Job:
+    """Publish the message of a job's current step and note that in its record.
+
+    Raises BusUnavailable: nothing is noted then.
+    """
+    message = BusMessage.for_step(job)
+    with telemetry.sending(message.topic, job.id, parent=job.trace):
+        trace = telemetry.inject() or dict(job.trace)
+        bus.publish(message.topic, *message.model_copy(update={"trace": trace}).to_record())
+    return machine.apply(jobs, job.id, lambda job, now: machine.dispatched(job, message.step_index, now))
+
+
+def publish_unreadable(bus: Bus, delivery: Delivery, error: EditxError) -> None:
+    """Put a message that cannot be read aside as it came, with the reason and its origin in the headers."""
+    _publish(bus, DLQ_UNREADABLE, delivery, error.code, error.message)
+
+
+def publish_failed(bus: Bus, delivery: Delivery, error: JobError) -> None:
+    """Put the message of a failed step aside, with the reason and its origin in the headers."""
+    _publish(bus, DLQ_FAILED, delivery, error.code, error.message)
+
+
+def _publish(bus: Bus, topic: str, delivery: Delivery, code: str, reason: str) -> None:
+    origin = {"topic": delivery.topic, "partition": delivery.partition.number, "offset": delivery.offset}
+    kept = tuple((name, value) for name, value in delivery.headers if not name.startswith("x-editx-"))
+    facts = {"x-editx-code": code, "x-editx-reason": reason[:2000], "x-editx-origin": json.dumps(origin)}
+    with telemetry.sending(topic, delivery.key):
+        bus.publish(
+            topic, delivery.key, delivery.value, (*kept, *((name, text.encode()) for name, text in facts.items()))
+        )
