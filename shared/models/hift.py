@@ -226,8 +226,8 @@ class HiFT(nn.Module):
     ) -> tuple[Tensor, SourceState]:
         """One chunk of a stream: mel (1, 80, T), whose first frames repeat the end of the chunk before.
 
-        `repeated` is the number of frames that the next chunk will repeat. The source signal is that of one pass but
-        for the last F0_REACH frames, whose pitch is not yet certain. Returns (1, T*hop) and the state for the next chunk.
+        `repeated` is the number of frames that the next chunk will repeat. The source is that of one pass but
+        for the last F0_REACH frames, whose pitch is not yet certain. Returns (1, T*hop) and the next chunk's state.
         """
         f0, frames = self.f0(mel), mel.shape[-1]
         known = 0 if state is None else state.f0.shape[1]
