@@ -1,0 +1,1 @@
+"""Evaluation: judges that need no network, and the benchmarks that use them."""

@@ -1,0 +1,105 @@
+"""The frame of every training here: a run folder, exact resume, a schedule, a log line every so many steps, a bound in minutes.
+
+Knows nothing about models. A run folder holds `state.pt` (parameters, optimizers, step, random states), written whole or not at all,
+and `log.jsonl`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from services.trainer.recipes.nano import assets
+
+
+def pick_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def cosine(step: int, total: int, peak: float, final: float, warmup: int = 100) -> float:
+    """Learning rate: linear warm-up, then half a cosine from peak to final."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    share = min(1.0, (step - warmup) / max(1, total - warmup))
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+class Run:
+    """One resumable training.
+
+    Args:
+        name: the folder under `<data>/runs`.
+        parts: whatever has a state_dict: modules, optimizers.
+        steps: the planned number of steps; the schedule ends there.
+        minutes: stop (and save) after so long, to be continued by the next call.
+    """
+
+    def __init__(self, name: str, parts: Mapping[str, Any], steps: int, minutes: float | None = None, save_every: int = 200) -> None:
+        self.folder = assets.data_dir() / "runs" / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.parts, self.steps, self.save_every = parts, steps, save_every
+        self.step = 0
+        self._until = time.monotonic() + minutes * 60 if minutes else math.inf
+        self._sums: dict[str, float] = {}
+        self._count = 0
+        self._since = time.monotonic()
+        state = self.folder / "state.pt"
+        if state.exists():
+            self._load(torch.load(state, map_location="cpu", weights_only=True))
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(saved["parts"][name])
+        self.step = saved["step"]
+        torch.set_rng_state(saved["rng"])
+        print(f"{self.folder.name}: continuing at step {self.step} of {self.steps}", flush=True)
+
+    @property
+    def going(self) -> bool:
+        return self.step < self.steps and time.monotonic() < self._until
+
+    def rng(self) -> np.random.Generator:
+        """The random numbers of this step: a function of the run's name and the step alone, so a resumed run draws the same."""
+        return np.random.default_rng((sum(self.folder.name.encode()), self.step))
+
+    def done_step(self, losses: Mapping[str, float | torch.Tensor], log_every: int = 50) -> None:
+        """Count the step, log means, save when due."""
+        for key, value in losses.items():
+            self._sums[key] = self._sums.get(key, 0.0) + float(value)
+        self._count += 1
+        self.step += 1
+        if self.step % log_every == 0:
+            seconds = (time.monotonic() - self._since) / self._count
+            line = {"step": self.step, "s_per_step": round(seconds, 3)}
+            line |= {key: round(total / self._count, 4) for key, total in self._sums.items()}
+            with (self.folder / "log.jsonl").open("a") as log:
+                log.write(json.dumps(line) + "\n")
+            print(f"{self.folder.name} {json.dumps(line)}", flush=True)
+            self._sums, self._count, self._since = {}, 0, time.monotonic()
+        if self.step % self.save_every == 0 or not self.going:
+            self.save()
+
+    def save(self) -> None:
+        partial = self.folder / "state.partial"
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        torch.save({"parts": parts, "step": self.step, "rng": torch.get_rng_state()}, partial)
+        partial.replace(self.folder / "state.pt")
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def count_parameters(module: nn.Module) -> float:
+    """Millions of parameters."""
+    return sum(p.numel() for p in module.parameters()) / 1e6

@@ -1,0 +1,90 @@
+"""Whisper-base's encoder in torch, read from the CTranslate2 file that the packages carry: the teacher of both tokenizers.
+
+Knows nothing about datasets. The model: Radford et al., arXiv 2212.04356, MIT.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
+HIDDEN = 512
+HEADS = 8
+LAYERS = 6
+
+
+def read_ctranslate2(path: Path) -> dict[str, np.ndarray]:
+    """All variables of a CTranslate2 model.bin by name."""
+    data = memoryview(path.read_bytes())
+    position = 0
+
+    def take(code: str) -> int:
+        nonlocal position
+        value = struct.unpack_from("<" + code, data, position)[0]
+        position += struct.calcsize("<" + code)
+        return int(value)
+
+    def text() -> str:
+        nonlocal position
+        length = take("H")
+        value = bytes(data[position : position + length - 1]).decode()
+        position += length
+        return value
+
+    take("I"), text(), take("I")  # file version, specification, revision
+    variables = {}
+    for _ in range(take("I")):
+        name = text()
+        shape = [take("I") for _ in range(take("B"))]
+        dtype, size = _DTYPES[take("B")], take("I")
+        variables[name] = np.frombuffer(data[position : position + size], dtype).reshape(shape)
+        position += size
+    return variables
+
+
+class WhisperEncoder:
+    """Log mel (B, 80, T at 100 Hz) to hidden states at 50 Hz, unpadded windows of up to 30 s."""
+
+    def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        variables = read_ctranslate2(folder / "model.bin")
+        self._weights = {
+            name.removeprefix("encoder/"): torch.from_numpy(np.array(value, np.float32)).to(device, dtype)
+            for name, value in variables.items()
+            if name.startswith("encoder/") and value.ndim
+        }
+        self.device, self.dtype = device, dtype
+
+    @torch.inference_mode()
+    def __call__(self, mel: Tensor, middle: int = 3) -> tuple[Tensor, Tensor]:
+        """The states after layer `middle` and after the last norm, both (B, T // 2, 512)."""
+        w = self._weights
+        x = F.gelu(F.conv1d(mel.to(self.device, self.dtype), w["conv1/weight"], w["conv1/bias"], padding=1))
+        x = F.gelu(F.conv1d(x, w["conv2/weight"], w["conv2/bias"], stride=2, padding=1)).transpose(1, 2)
+        x = x + w["position_encodings/encodings"][: x.shape[1]]
+        halfway = x
+        for layer in range(LAYERS):
+            x = self._layer(x, f"layer_{layer}/")
+            if layer + 1 == middle:
+                halfway = x
+        return halfway, self._norm(x, "layer_norm/")
+
+    def _norm(self, x: Tensor, prefix: str) -> Tensor:
+        return F.layer_norm(x, (HIDDEN,), self._weights[prefix + "gamma"], self._weights[prefix + "beta"])
+
+    def _linear(self, x: Tensor, prefix: str) -> Tensor:
+        return F.linear(x, self._weights[prefix + "/weight"], self._weights[prefix + "/bias"])
+
+    def _layer(self, x: Tensor, prefix: str) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self._linear(self._norm(x, prefix + "self_attention/layer_norm/"), prefix + "self_attention/linear_0").chunk(3, -1)
+        heads = [t.view(batch, length, HEADS, -1).transpose(1, 2) for t in (q, k, v)]
+        attended = F.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(x.shape)
+        x = x + self._linear(attended, prefix + "self_attention/linear_1")
+        y = F.gelu(self._linear(self._norm(x, prefix + "ffn/layer_norm/"), prefix + "ffn/linear_0"))
+        return x + self._linear(y, prefix + "ffn/linear_1")
