@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 
 from shared.bus.port import Bus, CommitRefused, Delivery, Partition, Subscription
@@ -50,6 +51,7 @@ class WorkerSettings:
     drain_s: float = 30.0
     abandon_s: float = 5.0
     retry: RetryPolicy = field(default_factory=RetryPolicy)
+    alive_file: Path | None = None
 
 
 @dataclass(eq=False)
@@ -148,6 +150,7 @@ class Worker:
         self._stopping = threading.Event()
         self._ended = threading.Event()
         self._stopping_since = 0.0
+        self._told_alive_at = 0.0
 
     def run(self) -> None:
         """Work until `stop`, then drain. A crash of a step's thread (not an ordinary error) ends the worker as well."""
@@ -161,6 +164,7 @@ class Worker:
                 self._watch()
                 self._start()
                 self._fetch()
+                self._tell_alive()
         finally:
             for task in self._tasks:
                 task.execution.stop.set()
@@ -218,6 +222,12 @@ class Worker:
             self._forget(task)
         for reader in self._readers:
             reader.commit()
+
+    def _tell_alive(self) -> None:
+        now = time.monotonic()
+        if self._settings.alive_file is not None and now - self._told_alive_at >= self._settings.watch_s:
+            self._settings.alive_file.touch()
+            self._told_alive_at = now
 
     def _forget(self, task: _Task) -> None:
         self._tasks.remove(task)

@@ -11,7 +11,7 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
@@ -72,10 +72,21 @@ def refusal(request: InferenceRequest) -> Exception | None:
 
 
 class LocalInference:
-    """An Inference over models of this process: name to a function that makes the model."""
+    """An Inference over models of this process: name to a function that makes the model.
 
-    def __init__(self, models: Mapping[str, ModelFactory], *, max_batch: int = 8, max_delay_s: float = 0.005) -> None:
+    Models named in `concurrent` batch for themselves and are called by each caller's own thread.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, ModelFactory],
+        *,
+        concurrent: Collection[str] = (),
+        max_batch: int = 8,
+        max_delay_s: float = 0.005,
+    ) -> None:
         self._runners = {name: _Runner(name, factory, max_batch, max_delay_s) for name, factory in models.items()}
+        self._concurrent = frozenset(concurrent)
         self._ids = itertools.count()
 
     def infer(
@@ -90,6 +101,8 @@ class LocalInference:
     ) -> Tensors:
         runner = self._runner(model)
         call = self._call(model, inputs, parameters, deadline, cancelled, priority, streams=False)
+        if model in self._concurrent:
+            return _tensors(_raised(runner.model().infer([call.request])[0]))
         runner.submit(call)
         try:
             return _tensors(_wait(call, runner))
@@ -108,6 +121,9 @@ class LocalInference:
     ) -> Iterator[Tensors]:
         runner = self._runner(model)
         call = self._call(model, inputs, parameters, deadline, cancelled, priority, streams=True)
+        if model in self._concurrent:
+            yield from _streaming(runner.model()).stream(call.request)
+            return
         runner.submit(call)
         try:
             while (piece := _wait(call, runner)) is not _END:
@@ -181,6 +197,8 @@ class _Runner:
 
     def model(self) -> Model:
         with self._lock:
+            if not self.is_open:
+                raise InferenceUnavailable(f"The model {self._name} is closed.")
             if self._made is None:
                 self._made = self._factory()
             return self._made
@@ -188,9 +206,11 @@ class _Runner:
     def close(self) -> None:
         with self._lock:
             self.is_open = False
-            thread = self._thread
+            thread, close = self._thread, getattr(self._made, "close", None)
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout=5.0)
+        if close is not None:
+            close()
 
     def _run(self) -> None:
         while self.is_open:
@@ -247,11 +267,8 @@ def _infer(model: Model, batch: list[_Call]) -> None:
 
 
 def _stream(model: Model, call: _Call) -> None:
-    if not isinstance(model, StreamingModel):
-        return call.answer(UnknownModel(f"The model {model.name} does not stream."))
     try:
-        pieces = model.stream(call.request)
-        for piece in pieces:
+        for piece in _streaming(model).stream(call.request):
             call.answer(piece)
             if refused := call.refusal:
                 return call.answer(refused)
@@ -274,11 +291,22 @@ def _wait(call: _Call, runner: _Runner) -> object:
             if not runner.is_open:
                 raise InferenceUnavailable("The models were closed.") from None
             continue
-        if isinstance(answer, Exception):
-            if type(answer).__name__ == "OutOfMemoryError" or isinstance(answer, MemoryError):
-                raise InferenceUnavailable(f"The model ran out of memory: {answer}") from answer
-            raise answer
-        return answer
+        return _raised(answer)
+
+
+def _raised(answer: object) -> object:
+    """The answer, or raise it if it is an exception; running out of memory is one that may pass."""
+    if isinstance(answer, MemoryError) or type(answer).__name__ == "OutOfMemoryError":
+        raise InferenceUnavailable(f"The model ran out of memory: {answer}")
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _streaming(model: Model) -> StreamingModel:
+    if not isinstance(model, StreamingModel):
+        raise UnknownModel(f"The model {model.name} does not stream.")
+    return model
 
 
 def _tensors(answer: object) -> Tensors:

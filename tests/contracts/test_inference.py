@@ -66,6 +66,26 @@ def inference(model: Doubler) -> Iterator[Inference]:
     adapter.close()
 
 
+def test_a_model_that_batches_for_itself_is_called_by_every_caller(model: Doubler) -> None:
+    direct = LocalInference({"doubler": lambda: model}, concurrent=["doubler"])
+    began = time.monotonic()
+    threads = [
+        threading.Thread(target=direct.infer, args=("doubler", {"x": X}), kwargs={"parameters": {"wait_s": 0.3}})
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - began < 1.0
+    assert [piece["y"].tolist() for piece in direct.stream("doubler", {"x": X})] == [[2.0], [4.0], [6.0]]
+    with pytest.raises(PermanentError):
+        direct.infer("doubler", {"x": X}, parameters={"fail": True})
+    direct.close()
+    with pytest.raises(InferenceUnavailable):
+        direct.infer("doubler", {"x": X})
+
+
 X = np.asarray([1.0, 2.0, 3.0], np.float32)
 
 

@@ -1,0 +1,352 @@
+"""editx in Python: edit and clone recordings in a few lines.
+
+Everything runs in this process, through `editx.embedded`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from editx.embedded import Embedded, check_request, warnings_for
+from shared.artifacts import Tokenized
+from shared.audio.io import Waveform, read_audio, write_audio
+from shared.checkpoints.layout import Checkpoint
+from shared.errors import EditxError, PermanentError, UserError
+from shared.inference.local import ModelFactory
+from shared.schemas import DecodeSettings, Edit, GenerateSettings, Job, JobEvent, JobRequest, JobState
+from shared.schemas.request import SEED_MAX
+
+DECODED_RATE_HZ = 24_000
+SUFFIXES = {".wav": "wav", ".flac": "flac", ".mp3": "mp3", ".opus": "opus", ".ogg": "opus"}
+
+Source = str | Path | bytes | BinaryIO | Waveform | tuple[npt.NDArray[np.float32], int]
+"""A recording: a file, its bytes, a binary stream, or samples in -1..1 with their rate in Hz."""
+
+
+class JobFailed(PermanentError):
+    """The job ended without a result; `code` says why."""
+
+    default_code = "job_failed"
+
+
+class JobCancelled(EditxError):
+    """The job was cancelled."""
+
+    default_code = "cancelled"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of an edit or clone. `iterations` holds the audio of every iteration, the last one being `audio`."""
+
+    iterations: tuple[Waveform, ...]
+    source: Waveform
+    job: Job
+    seed: int
+    seconds: float
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def audio(self) -> Waveform:
+        """The final recording, 24 kHz mono."""
+        return self.iterations[-1]
+
+    @property
+    def rtf(self) -> float:
+        """Processing seconds per second of audio made, over all iterations."""
+        return self.seconds / sum(waveform.duration_s for waveform in self.iterations)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the final recording as WAV, FLAC, MP3 or Opus, by the suffix; whole or not at all."""
+        return save_audio(self.audio, Path(path))
+
+
+class Editor:
+    """A loaded checkpoint. Models load on first use and stay; `edit` and `clone` may be called by several threads."""
+
+    def __init__(
+        self,
+        checkpoint: str | Path = "nano",
+        *,
+        device: str = "cpu",
+        folder: Path | None = None,
+        models: dict[str, ModelFactory] | None = None,
+    ) -> None:
+        self.checkpoint = Checkpoint.resolve(checkpoint)
+        self.system = Embedded(self.checkpoint, folder=folder, device=device, models=models).start()
+
+    def edit(
+        self,
+        source: Source,
+        *,
+        text: str | None = None,
+        emotion: str | None = None,
+        style: str | None = None,
+        speed: str | None = None,
+        denoise: bool = False,
+        vad: bool = False,
+        paralinguistic: str | None = None,
+        iterations: int = 1,
+        n_best: int = 1,
+        seed: int | None = None,
+        steps: int = 10,
+        temperature: float = 0.7,
+        on_event: Callable[[JobEvent], None] | None = None,
+    ) -> Result:
+        """Edit a recording once or several times over; exactly one kind of edit is named.
+
+        `text` is what is said in it (not needed for denoise and vad); a file's sidecar .txt is read if it is not given.
+        `paralinguistic` is the new text, with sounds such as [Laughter] between its words. Raises UserError, JobFailed.
+        """
+        wanted = edit_of(emotion, style, speed, denoise, vad, paralinguistic)
+        request = make_request(
+            wanted, text or sidecar_text(source), iterations=iterations, n_best=n_best, seed=seed, steps=steps,
+            temperature=temperature,
+        )  # fmt: skip
+        return self.run(source, request, on_event)
+
+    def clone(
+        self,
+        reference: Source,
+        text: str,
+        *,
+        reference_text: str | None = None,
+        n_best: int = 1,
+        seed: int | None = None,
+        steps: int = 10,
+        temperature: float = 0.7,
+        on_event: Callable[[JobEvent], None] | None = None,
+    ) -> Result:
+        """Say `text` with the reference's voice; `reference_text` is what the reference says (or its sidecar .txt)."""
+        wanted = Edit(type="clone", target_text=text)
+        request = make_request(
+            wanted, reference_text or sidecar_text(reference), n_best=n_best, seed=seed, steps=steps,
+            temperature=temperature,
+        )  # fmt: skip
+        return self.run(reference, request, on_event)
+
+    def run(self, source: Source, request: JobRequest, on_event: Callable[[JobEvent], None] | None = None) -> Result:
+        """Carry out a request and wait for it; an interrupt (Ctrl-C) cancels it first."""
+        recording = read_source(source)
+        check_request(request)
+        began = time.perf_counter()
+        job = self.system.submit(write_audio(recording, None, "wav") or b"", request)
+        try:
+            job = self.system.wait(job.id, on_event)
+        except BaseException:
+            self._give_up(job.id)
+            raise
+        raise_for(job)
+        audio = tuple(read_audio(self.system.store.get(key)) for key in job.result_keys)
+        warnings = tuple(warnings_for(self.checkpoint, request))
+        return Result(audio, recording, job, request.seed, time.perf_counter() - began, warnings)
+
+    def tokenize(self, source: Source) -> Tokenized:
+        """The recording's linguistic and semantic codes, speaker embedding and reference mel."""
+        recording = read_source(source)
+        codes = self.system.inference.infer(
+            "tokenizer",
+            {"audio": recording.samples},
+            parameters={"sample_rate_hz": recording.sample_rate_hz, "trim_before_mel": False},
+        )
+        return Tokenized(
+            codes["linguistic"], codes["semantic"], codes["speaker_embedding"], codes["prompt_mel"],
+            recording.duration_s,
+        )  # fmt: skip
+
+    def decode(
+        self, tokens: Tokenized, reference: Tokenized | None = None, *, steps: int = 10, seed: int = 0, cfg: float = 0.7
+    ) -> Waveform:
+        """The audio that tokens stand for, in the voice of the reference (their own, if there is none); 24 kHz."""
+        voice = reference or tokens
+        answer = self.system.inference.infer(
+            "decoder",
+            {
+                "mixed": tokens.mixed,
+                "prompt_mixed": voice.mixed,
+                "prompt_mel": voice.prompt_mel,
+                "speaker_embedding": voice.speaker_embedding,
+            },
+            parameters={"steps": steps, "cfg": cfg, "seed": seed},
+        )
+        return Waveform(answer["audio"].astype(np.float32).reshape(-1), DECODED_RATE_HZ)
+
+    def close(self) -> None:
+        """Stop the workers and free the models. Safe to call twice."""
+        self.system.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _give_up(self, job_id: str) -> None:
+        try:
+            self.system.cancel(job_id)
+        except EditxError:
+            return
+
+
+def edit_of(
+    emotion: str | None, style: str | None, speed: str | None, denoise: bool, vad: bool, paralinguistic: str | None
+) -> Edit:
+    """The one edit that is named. Raises UserError if none or several are."""
+    named = [
+        Edit(type="emotion", detail=emotion) if emotion else None,
+        Edit(type="style", detail=style) if style else None,
+        Edit.model_validate({"type": "speed", "detail": speed}) if speed and speed != "remove" else None,
+        Edit(type="denoise") if denoise else None,
+        Edit(type="vad") if vad else None,
+        Edit(type="paralinguistic", target_text=paralinguistic) if paralinguistic else None,
+    ]
+    edits = [edit for edit in named if edit is not None]
+    if len(edits) != 1:
+        found = ", ".join(edit.type for edit in edits) or "none"
+        raise UserError(
+            f"Exactly one edit is needed, found {found}.",
+            "Name one of emotion, style, speed, denoise, vad and paralinguistic; several edits are several runs.",
+            "one_edit",
+        )
+    return edits[0]
+
+
+def make_request(
+    edit: Edit,
+    text: str | None,
+    *,
+    iterations: int = 1,
+    n_best: int = 1,
+    seed: int | None = None,
+    steps: int = 10,
+    temperature: float = 0.7,
+) -> JobRequest:
+    """The request of an edit with the settings that people change. Without a seed it draws one. Raises UserError."""
+    if edit.needs_source_text and not (text and text.strip()):
+        raise UserError(
+            f"What is said in the recording is needed for {edit}.",
+            "Give the text, put it into a .txt file beside the recording, or let --asr write it down.",
+            "missing_text",
+        )
+    try:
+        return JobRequest(
+            edit=edit,
+            text=text.strip() if text and edit.needs_source_text else None,
+            iterations=iterations,
+            n_best=n_best,
+            seed=random.randrange(SEED_MAX) if seed is None else seed,
+            generate=GenerateSettings(temperature=temperature),
+            decode=DecodeSettings(steps=steps),
+        )
+    except ValueError as error:
+        raise UserError(f"The request does not hold together: {error}", "", "invalid_request") from error
+
+
+def read_source(source: Source) -> Waveform:
+    """The recording of any kind of source. Raises UserError for what is no usable recording."""
+    if isinstance(source, Waveform):
+        return source
+    if isinstance(source, tuple):
+        samples, rate = source
+        return Waveform(np.asarray(samples, np.float32).reshape(-1), rate)
+    return read_audio(source)
+
+
+def sidecar_text(source: Source) -> str | None:
+    """The text in the .txt file beside a recording's file, if there is one."""
+    if not isinstance(source, str | Path):
+        return None
+    path = Path(source).with_suffix(".txt")
+    try:
+        return path.read_text(encoding="utf-8").strip() or None if path.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"The transcript {path} cannot be read: {error}.", "Save it as UTF-8 text.", "bad_sidecar"
+        ) from error
+
+
+def save_audio(waveform: Waveform, path: Path) -> Path:
+    """Write audio in the format that the suffix names; whole or not at all. Raises UserError."""
+    form = SUFFIXES.get(path.suffix.lower())
+    if form is None:
+        raise UserError(
+            f"{path} has no suffix that says its format.", f"Use one of {', '.join(SUFFIXES)}.", "unknown_format"
+        )
+    write_audio(waveform, path, form)
+    return path
+
+
+def raise_for(job: Job) -> None:
+    """Raise JobCancelled, UserError or JobFailed for a job that did not end well."""
+    if job.state == JobState.CANCELLED:
+        raise JobCancelled(f"The job {job.id} was cancelled.")
+    if job.state == JobState.FAILED and job.error is not None:
+        kind = JobFailed if job.error.dead_letter else UserError
+        raise kind(job.error.message, job.error.hint, job.error.code)
+
+
+_lock = threading.Lock()
+_editors: dict[tuple[str, str], Editor] = {}
+
+
+def load(checkpoint: str | Path = "nano", *, device: str = "cpu") -> Editor:
+    """The editor of a checkpoint ("nano", another name, or a directory); the same one for the same arguments."""
+    key = str(checkpoint), device
+    with _lock:
+        if key not in _editors:
+            _editors[key] = Editor(checkpoint, device=device)
+            atexit.register(_editors[key].close)
+        return _editors[key]
+
+
+def edit(
+    source: Source,
+    *,
+    checkpoint: str | Path = "nano",
+    text: str | None = None,
+    emotion: str | None = None,
+    style: str | None = None,
+    speed: str | None = None,
+    denoise: bool = False,
+    vad: bool = False,
+    paralinguistic: str | None = None,
+    iterations: int = 1,
+    n_best: int = 1,
+    seed: int | None = None,
+    steps: int = 10,
+) -> Result:
+    """Edit a recording with a checkpoint; see Editor.edit.
+
+    >>> edit("in.wav", text="Hello there.", emotion="happy").save("out.wav")  # doctest: +SKIP
+    """
+    return load(checkpoint).edit(
+        source, text=text, emotion=emotion, style=style, speed=speed, denoise=denoise, vad=vad,
+        paralinguistic=paralinguistic, iterations=iterations, n_best=n_best, seed=seed, steps=steps,
+    )  # fmt: skip
+
+
+def clone(
+    reference: Source,
+    text: str,
+    *,
+    checkpoint: str | Path = "nano",
+    reference_text: str | None = None,
+    n_best: int = 1,
+    seed: int | None = None,
+    steps: int = 10,
+) -> Result:
+    """Say a text with a reference's voice; see Editor.clone."""
+    return load(checkpoint).clone(reference, text, reference_text=reference_text, n_best=n_best, seed=seed, steps=steps)

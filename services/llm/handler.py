@@ -1,0 +1,101 @@
+"""The generate step: an instruction and the recording's codes in, new audio tokens out.
+
+Knows no bus, store or server.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.artifacts import Generated, Tokenized
+from shared.codes import GROUP, GROUP_S
+from shared.errors import PermanentError
+from shared.inference.port import Inference
+from shared.prompts import Turn, edit_turns
+from shared.schemas.edit import Edit
+from shared.schemas.request import SEED_MAX
+from shared.schemas.route import GENERATED, StepKind, candidate
+from shared.steps import StepContext
+
+MODEL = "llm"
+SAMPLING = ("temperature", "top_p", "top_k", "repetition_window", "repetition_ratio")
+SEED_STRIDE = 1_000_003
+LONGEST_CLONE_S = 60.0
+SECONDS_PER_CHARACTER = {"wide": 0.45, "narrow": 0.14}
+
+Encode = Callable[[Sequence[Turn]], Sequence[int]]
+
+
+class GenerateHandler:
+    """Builds the prompt of an edit and has the language model write audio tokens, as several candidates if asked."""
+
+    kind: StepKind = "generate"
+
+    def __init__(self, inference: Inference, encode: Encode) -> None:
+        self._inference = inference
+        self._encode = encode
+
+    def run(self, step: StepContext) -> None:
+        """Raises UserError for texts and tags that cannot be used."""
+        parameters = step.step.parameters
+        edit, source = Edit.model_validate(parameters["edit"]), Tokenized.from_bytes(step.read("tokens"))
+        prompt = np.asarray(self._encode(edit_turns(edit, parameters["text"], source.mixed)), np.int64)
+        step.progress(0.05, "writing audio tokens")
+        count, groups = int(parameters["n_best"]), max_groups(edit, source, parameters["max_duration_s"])
+        began = time.perf_counter()
+        seeds = [(int(parameters["seed"]) + number * SEED_STRIDE) % (SEED_MAX + 1) for number in range(count)]
+        with ThreadPoolExecutor(count) as pool:  # side by side, so that they share a batch
+            found = list(pool.map(lambda seed: self._generate(step, prompt, seed, groups), seeds))
+        names = [GENERATED] if count == 1 else [candidate(number) for number in range(count)]
+        for name, generated in zip(names, found, strict=True):
+            step.write(name, generated.to_bytes())
+        seconds = sum(generated.seconds for generated in found)
+        step.measure("audio_s", seconds)
+        step.measure("tokens", sum(len(generated.mixed) for generated in found))
+        step.measure("collapsed", sum(generated.collapsed for generated in found))
+        step.measure("rtf", (time.perf_counter() - began) / seconds)
+
+    def _generate(self, step: StepContext, prompt: npt.NDArray[np.int64], seed: int, groups: int) -> Generated:
+        parameters: dict[str, Any] = {name: step.step.parameters[name] for name in SAMPLING}
+        answer = self._inference.infer(
+            MODEL,
+            {"prompt": prompt},
+            parameters={**parameters, "seed": seed, "max_groups": groups},
+            deadline=step.deadline,
+            cancelled=step.cancelled,
+            priority=step.priority,
+        )
+        mixed = answer["mixed"].astype(np.int32)
+        if len(mixed) < GROUP:
+            raise PermanentError("The language model wrote no audio.", "Try another seed.", "no_audio_generated")
+        return Generated(
+            mixed=mixed,
+            seed=seed,
+            attempts=int(answer["attempts"]),
+            seconds=len(mixed) // GROUP * GROUP_S,
+            collapsed=bool(answer["collapsed"]),
+        )
+
+
+def max_groups(edit: Edit, source: Tokenized, max_duration_s: float | None) -> int:
+    """The most token groups (120 ms each) that an edit may write.
+
+    An edit may last two and a half times as long as its source, a clone three times as long as its text takes to say.
+    """
+    if max_duration_s is not None:
+        seconds = max_duration_s
+    elif edit.type == "clone":
+        seconds = min(5.0 + 3.0 * _spoken_s(edit.target_text or ""), LONGEST_CLONE_S)
+    else:
+        seconds = 3.0 + 2.5 * len(source.mixed) // GROUP * GROUP_S
+    return max(int(seconds / GROUP_S), 1)
+
+
+def _spoken_s(text: str) -> float:
+    return sum(SECONDS_PER_CHARACTER["wide" if ord(character) > 0x2E80 else "narrow"] for character in text)
