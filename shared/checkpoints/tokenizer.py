@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from shared.artifacts import SPEAKER_SIZE
 from shared.audio.features import (
     FRAME_400,
     STREAM_TAIL,
+    MelConfig,
     linguistic_features,
     linguistic_frames,
     speaker_fbank,
@@ -178,6 +180,18 @@ def load_speaker(checkpoint: Checkpoint, *, device: str = "cpu", threads: int = 
     if len(shapes) != 1 or len(shapes[0]) != 3:
         raise InvalidCheckpoint(f"{path} takes {shapes}, not features (B, T, 80).", _REFETCH)
     return SpeakerEmbedder(session, str(path))
+
+
+def load_mel_config(checkpoint: Checkpoint) -> MelConfig:
+    """Sizes of the prompt mel from cosyvoice.yaml. Raises MissingComponent or InvalidCheckpoint."""
+    from shared.checkpoints.decoder import read_config
+
+    document = read_config(checkpoint).get("mel_conf")
+    names = [field.name for field in fields(MelConfig)]
+    try:
+        return MelConfig(**{name: type(getattr(MelConfig, name))(document[name]) for name in names if name in document})
+    except (TypeError, ValueError) as error:
+        raise InvalidCheckpoint(f"{checkpoint.cosyvoice_yaml} gives no sizes of a mel ({error}).", _REFETCH) from error
 
 
 def _session(path: Path, device: str, threads: int) -> onnxruntime.InferenceSession:
