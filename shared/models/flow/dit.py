@@ -15,6 +15,7 @@ from torch import Tensor, nn
 TIMESTEP_SIZE = 256
 TIMESTEP_SCALE = 1000.0  # the flow's time 0..1 in the units of the sinusoids
 MAX_PERIOD = 10000.0
+CPU_QUERIES = 512  # rows of attention at a time: more do not fit a cache
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,23 @@ class TimestepEmbedder(nn.Module):
         return out
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Scaled dot-product attention over (B, H, T, D) with a mask of keys (B, 1, 1, K).
+
+    In bfloat16 on a CPU the fused kernel converts to float32 and back; plain products are two to five times as fast.
+    """
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    query, key = query * query.shape[-1] ** -0.5, key.transpose(-1, -2)
+    rows = []
+    for part in query.split(CPU_QUERIES, dim=2):
+        scores = part @ key
+        if mask is not None:
+            scores = scores.masked_fill_(~mask, -math.inf)
+        rows.append(scores.softmax(-1) @ value)
+    return torch.cat(rows, dim=2)
+
+
 class Attention(nn.Module):
     """Full self-attention with a LayerNorm per head on queries and keys."""
 
@@ -71,23 +89,27 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, past: BlockCache | None) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C), mask of keys (B, 1, 1, K) -> (B, T, C), keys and values (B, H, K, D)."""
-        query, key, value = (
-            linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear in (self.to_q, self.to_k, self.to_v)
-        )
-        query, key = self.q_norm(query), self.k_norm(key)
+        split = (*x.shape[:2], self.heads, -1)
+        query, key = self.q_norm(self.to_q(x).view(split)), self.k_norm(self.to_k(x).view(split))
+        query, key, value = (part.transpose(1, 2) for part in (query, key, self.to_v(x).view(split)))
         if past is not None:
             key, value = torch.cat([past.keys, key], dim=2), torch.cat([past.values, value], dim=2)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        out = attention(query, key, value, mask)
         return self.proj(out.transpose(1, 2).flatten(2)), key, value
 
 
 class CausalConv(nn.Conv1d):
-    """A convolution over (B, T, C) that sees the past only; beyond the start it sees zeros or the history."""
+    """A convolution over (B, T, C) that sees the past only; beyond the start it sees zeros or the history.
+
+    Run as one matrix product over the frames side by side: no axis is swapped, which is four times as fast on a CPU.
+    """
 
     def forward(self, x: Tensor, history: Tensor | None = None) -> Tensor:
         """x (B, T, C), history (B, k-1, C) -> (B, T, C)."""
-        x = F.pad(x, (0, 0, self.kernel_size[0] - 1, 0)) if history is None else torch.cat([history, x], dim=1)
-        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+        past, frames = self.kernel_size[0] - 1, x.shape[1]
+        x = F.pad(x, (0, 0, past, 0)) if history is None else torch.cat([history, x], dim=1)
+        beside = torch.cat([x[:, shift : shift + frames] for shift in range(past + 1)], dim=-1)
+        return F.linear(beside, self.weight.permute(0, 2, 1).flatten(1), self.bias)
 
 
 class ConvBlock(nn.Module):
@@ -130,7 +152,7 @@ class MLP(nn.Module):
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without parameters of its own, scaled and shifted by the timestep."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
 class Modulation(nn.ModuleDict):
@@ -163,10 +185,10 @@ class DiTBlock(nn.Module):
             self.adaLN_modulation(time)
         )
         attended, keys, values = self.attn(modulated_norm(x, attn_shift, attn_scale), mask, past)
-        x = x + attn_gate * attended
+        x = torch.addcmul(x, attn_gate, attended)
         convolved, conv1, conv2 = self.conv(modulated_norm(x, conv_shift, conv_scale), past)
-        x = x + conv_gate * convolved
-        x = x + mlp_gate * self.mlp(modulated_norm(x, mlp_shift, mlp_scale))
+        x = torch.addcmul(x, conv_gate, convolved)
+        x = torch.addcmul(x, mlp_gate, self.mlp(modulated_norm(x, mlp_shift, mlp_scale)))
         return x, BlockCache(keys, values, conv1, conv2)
 
 
