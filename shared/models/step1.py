@@ -275,7 +275,8 @@ class Step1(nn.Module):
         """One token (S,) for EVERY slot, written at positions (S,), over `span` keys -> hidden (S, hidden).
 
         Shapes depend on (S, span) alone and nothing is read back, so the call can be captured. The cache must be
-        zeroed, span above every position; the caller advances `cache.lengths`. Idle slots: token 0 at position 0.
+        zeroed, span above every position that counts; the caller advances `cache.lengths`. A slot that takes no part
+        gets any token and a position that no sequence uses.
         """
         x = self.model.embed_tokens(token_ids)[:, None]
         attend = StaticDecode(cache, positions, span, self.alibi.slopes_on(self.device))

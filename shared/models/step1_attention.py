@@ -252,7 +252,7 @@ class StaticDecode:
     """One new token for every slot at tensor positions, always over `span` keys: no shape depends on the data.
 
     That makes the step fit for a captured CUDA graph. The bias costs (slots, H, span) elements once per step, shared by
-    all layers. Needs a zeroed cache; idle slots get position 0.
+    all layers. Needs a zeroed cache, because unused keys are multiplied by zero weights.
     """
 
     def __init__(self, cache: KVCache, positions: Tensor, span: int, slopes: Tensor) -> None:

@@ -1,0 +1,130 @@
+"""The language model as a served unit: a prompt's ids in, audio tokens out, whole or in pieces.
+
+Runs in process and behind a model server. It may be called by many threads at once: all calls share one running batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from services.llm.engine import Engine, EngineSettings, Generation, Outcome
+from services.llm.sampling import SamplingSettings
+from services.llm.settings import LlmSettings
+from shared.checkpoints import Checkpoint
+from shared.checkpoints.step1 import load_step1, load_text_tokenizer
+from shared.errors import UserError
+from shared.inference.port import InferenceRequest, Parameters, Tensors
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class LlmModel:
+    """The model "llm".
+
+    Input "prompt": int64 (n,), a chat of shared.prompts as ids. Parameters: the fields of SamplingSettings, all
+    optional. Outputs "mixed" int32 (m,), whole groups; "attempts" int32 (); "collapsed" bool (), true when the last
+    attempt still looped or found no end.
+    """
+
+    name = "llm"
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, device: str | None = None, settings: LlmSettings | None = None
+    ) -> None:
+        """Load the checkpoint's language model. `device` overrules the settings'."""
+        chosen = settings or LlmSettings()
+        model = load_step1(
+            checkpoint,
+            dtype=DTYPES[chosen.dtype],
+            device=device or chosen.device,
+            quantize="int8" if chosen.quantize == "int8" else None,
+        )
+        text = load_text_tokenizer(checkpoint)
+        if text.vocab_size > model.config.vocab_size:
+            raise UserError(
+                f"The text tokenizer has {text.vocab_size} pieces, the language model {model.config.vocab_size}.",
+                "Take both from the same release.", "checkpoint_invalid",
+            )  # fmt: skip
+        bounds = EngineSettings(
+            slots=chosen.slots,
+            context=min(chosen.context, model.config.max_seq_len),
+            queue_limit=chosen.queue_limit,
+            prefix_cache_tokens=chosen.prefix_cache_tokens,
+            stream_groups=chosen.stream_groups,
+        )
+        self.engine = Engine(model, audio_offset=text.audio_offset, eos=text.eos, settings=bounds)
+
+    def infer(self, requests: Sequence[InferenceRequest]) -> list[Tensors | Exception]:
+        """One answer per request; they run side by side and need not be alike in anything."""
+        submitted = [self._submitted(request) for request in requests]
+        return [one if isinstance(one, Exception) else _answer(one) for one in submitted]
+
+    def stream(self, request: InferenceRequest) -> Iterator[Tensors]:
+        """The tokens in pieces of whole groups, each as soon as it is drawn; "collapsed" is true in the last at most.
+
+        A stream is not drawn anew once a piece is out. Closing the iterator stops the work.
+        """
+        generation = self._submit(request, streams=True)
+        for piece in generation.pieces():
+            yield _tensors(piece, 1, False) if isinstance(piece, np.ndarray) else _last(piece)
+
+    def close(self) -> None:
+        """Stop the engine's thread; unfinished requests fail."""
+        self.engine.close()
+
+    def _submitted(self, request: InferenceRequest) -> Generation | Exception:
+        try:
+            return self._submit(request, streams=False)
+        except Exception as error:
+            return error
+
+    def _submit(self, request: InferenceRequest, *, streams: bool) -> Generation:
+        prompt = np.ascontiguousarray(request.inputs["prompt"], dtype=np.int64).reshape(-1)
+        return self.engine.submit(
+            Generation(
+                prompt,
+                sampling_settings(request.parameters),
+                deadline=request.deadline,
+                cancelled=request.cancelled,
+                priority=request.priority,
+                streams=streams,
+            )
+        )
+
+
+def sampling_settings(parameters: Parameters) -> SamplingSettings:
+    """The sampling fields among a request's parameters; others are ignored. Raises UserError for a wrong one."""
+    values: dict[str, Any] = {}
+    for known in fields(SamplingSettings):
+        if known.name not in parameters:
+            continue
+        kind = float if known.type == "float" else int
+        try:
+            values[known.name] = kind(parameters[known.name])
+        except ValueError as error:
+            raise UserError(
+                f"The parameter {known.name} is {parameters[known.name]!r}, not a number.",
+                "Leave it out for the default.", "invalid_sampling",
+            ) from error  # fmt: skip
+    return SamplingSettings(**values)
+
+
+def _answer(generation: Generation) -> Tensors | Exception:
+    try:
+        outcome = generation.result()
+    except Exception as error:
+        return error
+    return _tensors(outcome.mixed, outcome.attempts, outcome.collapse is not None)
+
+
+def _last(outcome: Outcome) -> Tensors:
+    return _tensors(np.zeros(0, dtype=np.int32), outcome.attempts, outcome.collapse is not None)
+
+
+def _tensors(mixed: np.ndarray[Any, Any], attempts: int, collapsed: bool) -> Tensors:
+    return {"mixed": mixed, "attempts": np.array(attempts, dtype=np.int32), "collapsed": np.array(collapsed)}

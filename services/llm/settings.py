@@ -1,0 +1,27 @@
+"""What an operator can set about the language model, by environment variables that begin with EDITX_LLM_."""
+
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class LlmSettings(BaseSettings):
+    """Where and how the language model runs, and what it accepts."""
+
+    model_config = SettingsConfigDict(env_prefix="EDITX_LLM_", frozen=True)
+
+    device: str = Field(default="cpu", description="Device of the model: cpu, cuda, cuda:0.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Of weights and cache. auto: bfloat16 on GPUs and on CPUs with instructions for it."
+    )
+    quantize: Literal["none", "int8"] = Field(
+        default="none", description="int8 halves the weights and speeds up small batches on CPUs."
+    )
+    slots: int = Field(default=16, ge=1, le=256, description="Sequences that are generated side by side.")
+    context: int = Field(default=4096, ge=64, description="Most tokens of one sequence, prompt and result together.")
+    queue_limit: int = Field(default=256, ge=1, description="Requests that may wait; more are refused as overload.")
+    prefix_cache_tokens: int = Field(
+        default=16384, ge=0, description="Prompt tokens whose keys and values are kept, 32 KiB each in the 3B release."
+    )
+    stream_groups: int = Field(default=5, ge=1, description="Groups of five tokens (120 ms) in a piece of a stream.")
