@@ -242,7 +242,7 @@ def make_request(
             "missing_text",
         )
     try:
-        return JobRequest(
+        request = JobRequest(
             edit=edit,
             text=text.strip() if text and edit.needs_source_text else None,
             iterations=iterations,
@@ -253,6 +253,8 @@ def make_request(
         )
     except ValueError as error:
         raise UserError(f"The request does not hold together: {error}", "", "invalid_request") from error
+    check_request(request)
+    return request
 
 
 def read_source(source: Source) -> Waveform:

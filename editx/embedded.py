@@ -175,9 +175,8 @@ def warnings_for(checkpoint: Checkpoint, request: JobRequest) -> list[str]:
         return []
     known = getattr(metadata.trained_on, edit.type, ())
     trained = f"It knows {edit.type}: {', '.join(known)}." if known and not isinstance(known, bool) else ""
-    return [
-        f"The checkpoint {metadata.name} was not trained on {edit}; the result may not differ as asked. {trained}".rstrip()
-    ]
+    warning = f"The checkpoint {metadata.name} was not trained on {edit}: it may not do what you ask. {trained}"
+    return [warning.rstrip()]
 
 
 def _models(checkpoint: Checkpoint, device: str) -> dict[str, ModelFactory]:

@@ -6,7 +6,7 @@ Knows nothing about a particular service: that one gives its handler and its mod
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -46,13 +46,20 @@ def run_worker(
     service: str,
     handler: Callable[[Inference, ServiceSettings], Handler],
     models: Mapping[str, Callable[[ServiceSettings], Model]],
+    *,
+    concurrent: Collection[str] = (),
 ) -> None:
-    """Work until SIGTERM. `models` is used where inference is local; `handler` is made once everything is reachable."""
+    """Work until SIGTERM.
+
+    `models` is used where inference is local, with those in `concurrent` called by every thread; `handler` is made once
+    everything is reachable.
+    """
     settings = ServiceSettings()
     telemetry.configure_logs(settings.log_level, as_json=settings.log_json)
     end_telemetry = telemetry.configure(service, spans_file=settings.spans_file, otlp_endpoint=settings.otlp_endpoint)
     bus, store, jobs = open_bus(settings.bus_url), open_store(settings.store_url), open_jobs(settings.jobs_url)
-    inference = open_inference(settings.inference_url, {name: partial(make, settings) for name, make in models.items()})
+    factories = {name: partial(make, settings) for name, make in models.items()}
+    inference = open_inference(settings.inference_url, factories, concurrent=concurrent)
     worker = Worker(
         handler(inference, settings),
         bus,

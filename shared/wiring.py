@@ -6,7 +6,7 @@ Adapters are imported only when their URL is asked for. Knows nothing about serv
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -63,12 +63,12 @@ def open_jobs(url: str) -> JobStore:
     return jobs
 
 
-def open_inference(url: str, models: Mapping[str, ModelFactory]) -> Inference:
-    """local: runs `models` in this process; triton://host:port calls a server that serves them."""
+def open_inference(url: str, models: Mapping[str, ModelFactory], *, concurrent: Collection[str] = ()) -> Inference:
+    """local: runs `models` in this process (see LocalInference); triton://host:port calls a server that serves them."""
     if _scheme(url) == "local":
         from shared.inference.local import LocalInference
 
-        return LocalInference(models)
+        return LocalInference(models, concurrent=concurrent)
     inference: Inference = _connect(url, "inference", ("triton",))
     return inference
 

@@ -24,7 +24,7 @@ def make_handler(inference: Inference, settings: ServiceSettings) -> GenerateHan
 
 def main() -> None:
     """Work until SIGTERM."""
-    run_worker("llm", make_handler, {MODEL: make_model})
+    run_worker("llm", make_handler, {MODEL: make_model}, concurrent=[MODEL])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,101 @@
+"""The commands put together, and what becomes of errors: a message for people or JSON, and an exit code."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from typing import ParamSpec
+
+import typer
+from rich.console import Console
+
+from editx.cli import audio, doctor, tokens, voices
+from shared.errors import EditxError
+
+EXIT_MISSING = 3
+EXIT_OUTPUT = 6
+EXIT_INTERRUPTED = 130
+
+_EXITS = {
+    "missing_component": EXIT_MISSING,
+    "checkpoint_not_found": EXIT_MISSING,
+    "checkpoint_invalid": EXIT_MISSING,
+    "disk_full": EXIT_OUTPUT,
+    "cannot_write": EXIT_OUTPUT,
+    "cancelled": EXIT_INTERRUPTED,
+}
+
+app = typer.Typer(
+    name="editx",
+    help="Edit how a recording sounds (emotion, style, speed, noise, silence, laughter) and clone voices.",
+    epilog="Exit codes: 0 done, 1 failed, 2 bad input, 3 checkpoint or package missing, 4 unavailable for now, "
+    "5 some files of a batch failed, 6 result not written, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+P = ParamSpec("P")
+
+
+def _exiting(command: Callable[P, int]) -> Callable[P, None]:
+    """A command whose return value becomes the exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        raise typer.Exit(command(*args, **kwargs))
+
+    return wrapped
+
+
+COMMANDS = (audio.edit, audio.clone, tokens.tokenize, tokens.decode, doctor.doctor)
+for _command in COMMANDS:
+    app.command()(_exiting(_command))
+app.add_typer(voices.app, name="voices")
+
+
+def _mount_checkpoint(arguments: Sequence[str]) -> None:
+    """Mount `editx checkpoint` only where it may be needed, for a fast start of the rest."""
+    others = {"voices", *(command.__name__ for command in COMMANDS)}
+    if not others & set(arguments[:1]):
+        from editx.cli import checkpoint
+
+        app.add_typer(checkpoint.app, name="checkpoint")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; the exit code."""
+    _mount_checkpoint(arguments)
+    try:
+        app(list(arguments), prog_name="editx")
+    except EditxError as error:
+        return _tell(error, "--json" in arguments)
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0
+    if code == EXIT_INTERRUPTED:
+        Console(stderr=True).print("Interrupted; nothing was left half written.", highlight=False)
+    return code
+
+
+def exit_code(error: EditxError) -> int:
+    """The exit code of an error: by its code where that says more than its class."""
+    return _EXITS.get(error.code, error.exit_code)
+
+
+def _tell(error: EditxError, as_json: bool) -> int:
+    if as_json:
+        typer.echo(json.dumps({"error": error.document()}, ensure_ascii=False))
+    else:
+        console = Console(stderr=True, soft_wrap=True)
+        console.print(f"[red]Error:[/] {_escaped(error.message)}", highlight=False)
+        if error.hint:
+            console.print(_escaped(error.hint), highlight=False)
+    return exit_code(error)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

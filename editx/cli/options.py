@@ -1,0 +1,32 @@
+"""The options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+CheckpointOption = Annotated[
+    str, typer.Option("--checkpoint", envvar="EDITX_CHECKPOINT", help="A name (nano) or a directory.")
+]
+DeviceOption = Annotated[str, typer.Option("--device", envvar="EDITX_DEVICE", help="cpu, cuda or cuda:N.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="The same seed gives the same result.")]
+NBestOption = Annotated[
+    int, typer.Option("--n-best", min=1, max=32, help="Draw this many candidates; the reward model picks one.")
+]
+StepsOption = Annotated[int, typer.Option("--steps", min=1, max=100, help="Steps of the flow; fewer are faster.")]
+TemperatureOption = Annotated[
+    float, typer.Option("--temperature", min=0.0, max=2.0, help="How boldly tokens are drawn.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document per run on standard output.")]
+PictureOption = Annotated[
+    Path | None, typer.Option("--picture", help="Draw source and result with F0 and energy into this PNG.")
+]
+AsrOption = Annotated[bool, typer.Option("--asr", help="Write the text down by speech recognition if it is not given.")]
+OutOption = Annotated[
+    str | None,
+    typer.Option(
+        "--out", "-o", help="WAV, FLAC, MP3 or Opus by its suffix; a folder for a batch; - for standard output."
+    ),
+]
