@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+CONTEXT_FRAMES = 8
 EDGE_FRAMES = 3  # half of the first convolution's seven
 RATIO = 2  # of the rate at which activations run
 FILTER_SIZE = 12
@@ -205,6 +206,11 @@ class BigVGAN(nn.Module):
     def hop(self) -> int:
         """Samples per mel frame."""
         return self.config.hop
+
+    @property
+    def context_frames(self) -> int:
+        """Past frames that a stream must hand over with every chunk."""
+        return CONTEXT_FRAMES
 
     def lower_precision(self, dtype: torch.dtype) -> Self:
         """Cast the network to `dtype`."""

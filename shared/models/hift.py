@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+CONTEXT_FRAMES = 8
 F0_REACH = 5  # frames to either side that the pitch predictor sees
 
 
@@ -189,6 +190,11 @@ class HiFT(nn.Module):
     def hop(self) -> int:
         """Samples per mel frame."""
         return self.config.hop
+
+    @property
+    def context_frames(self) -> int:
+        """Past frames that a stream must hand over with every chunk."""
+        return CONTEXT_FRAMES
 
     def lower_precision(self, dtype: torch.dtype) -> Self:
         """Cast the network to `dtype` but for pitch, source and transform, whose phases need float32."""

@@ -20,6 +20,10 @@ class Vocoder(Protocol):
     def hop(self) -> int:
         """Samples per mel frame."""
 
+    @property
+    def context_frames(self) -> int:
+        """Past frames that a stream hands over with every chunk, so that its start does not sound like one."""
+
     def __call__(self, mel: Tensor, lengths: Tensor | None = None, seeds: Sequence[int] | None = None) -> Tensor:
         """mel (B, 80, T), lengths (B,) in frames, one seed per member -> waveform (B, T*hop)."""
 
@@ -38,16 +42,15 @@ def crossfade(before: Tensor, after: Tensor) -> Tensor:
 class VocoderStream:
     """State of one stream. Use from one thread at a time; any number of streams may share a vocoder.
 
-    Every chunk is made together with the last frames of the one before: `context_frames` whose audio is out already and
-    only spare the new audio an edge, and `hold_frames` whose audio was held back because it lacked what follows. Of the
-    latter, the first `fade_frames` are faded from the first version into the second; there both have neighbours.
+    Every chunk is made together with the last frames of the one before: the vocoder's `context_frames`, whose audio is
+    out already and only spares the new audio an edge, and `hold_frames`, whose audio was held back because it lacked
+    what follows. Of the latter, the first `fade_frames` are faded from the first version into the second; there both
+    have neighbours.
     """
 
-    def __init__(
-        self, vocoder: Vocoder, *, seed: int = 0, context_frames: int = 8, hold_frames: int = 8, fade_frames: int = 3
-    ) -> None:
+    def __init__(self, vocoder: Vocoder, *, seed: int = 0, hold_frames: int = 8, fade_frames: int = 3) -> None:
         self._vocoder, self._seed = vocoder, seed
-        self._context, self._hold, self._fade = context_frames, hold_frames, fade_frames
+        self._context, self._hold, self._fade = vocoder.context_frames, hold_frames, fade_frames
         self._generator = torch.Generator().manual_seed(seed)
         self._mel: Tensor | None = None  # context and held frames, (80, T)
         self._held: Tensor | None = None  # the first version of the held frames, (n,)

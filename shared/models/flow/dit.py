@@ -65,7 +65,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) ->
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     query, key = query * query.shape[-1] ** -0.5, key.transpose(-1, -2)
     rows = []
-    for part in query.split(CPU_QUERIES, dim=2):
+    for part in torch.split(query, CPU_QUERIES, dim=2):
         scores = part @ key
         if mask is not None:
             scores = scores.masked_fill_(~mask, -math.inf)
