@@ -1,8 +1,11 @@
 """What every test can ask for: a complete tiny checkpoint."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models of the tests are too small to share out
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Look at, check, fetch and replay checkpoints.", no_args_is_help=True)
 
 MOST_FINDINGS = 20
+EXIT_DAMAGED = 3
 
 Source = Annotated[str, typer.Argument(help="A name (nano, or one that was fetched) or a directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -96,7 +97,7 @@ def verify(
     else:
         _print_report(report)
     if not report.ok:
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_DAMAGED)
 
 
 @app.command()

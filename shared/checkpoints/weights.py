@@ -34,6 +34,10 @@ class TensorHeader:
         """The header of a tensor, on the meta device too."""
         return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
+    def meta(self) -> Tensor:
+        """A tensor like it, without memory."""
+        return torch.empty(self.shape, dtype=getattr(torch, self.dtype), device="meta")
+
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
 
@@ -54,10 +58,10 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
             with safe_open(path, framework="numpy") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 return {
-                    name: TensorHeader(tuple(part.get_shape()), _SAFETENSORS_DTYPES.get(part.get_dtype(), "unknown"))
+                    name: TensorHeader(tuple(part.get_shape()), _SAFETENSORS_DTYPES[part.get_dtype()])
                     for name, part in slices.items()
                 }
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, KeyError) as error:
             raise _broken(path, error) from error
     return {name: TensorHeader.of(tensor) for name, tensor in _unpickle(path, "meta").items()}
 
