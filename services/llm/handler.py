@@ -77,9 +77,9 @@ class GenerateHandler:
         return Generated(
             mixed=mixed,
             seed=seed,
-            attempts=int(answer["attempts"]),
+            attempts=int(answer["attempts"].reshape(-1)[0]),
             seconds=len(mixed) // GROUP * GROUP_S,
-            collapsed=bool(answer["collapsed"]),
+            collapsed=bool(answer["collapsed"].reshape(-1)[0]),
         )
 
 

@@ -49,7 +49,7 @@ class ScoreHandler:
                 cancelled=step.cancelled,
                 priority=step.priority,
             )
-            scored.append(replace(generated, score=float(answer["score"])))
+            scored.append(replace(generated, score=float(answer["score"].reshape(-1)[0])))
             per_token[str(number)] = answer["scores"].astype(np.float32)
             step.progress((number + 1) / count, "scoring candidates")
         best = max(scored, key=lambda generated: (not generated.collapsed, generated.score or 0.0))

@@ -1,0 +1,74 @@
+"""The generate step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from services.llm.handler import GenerateHandler, max_groups
+from shared.artifacts import Generated
+from shared.codes import GROUP, interleave
+from shared.errors import PermanentError, UserError
+from shared.inference.port import Parameters, Tensors
+from shared.prompts import Turn
+from shared.schemas import Edit, JobRequest
+from tests.services.fakes import FakeInference, FakeStep, tokenized
+
+HAPPY = JobRequest(edit=Edit(type="emotion", detail="happy"), text="Hello.", seed=5)
+
+
+def encode(turns: object) -> list[int]:
+    assert isinstance(turns, list)
+    assert all(isinstance(turn, Turn) for turn in turns)
+    return [1, 2, 3]
+
+
+def write(inputs: Tensors, parameters: Parameters) -> Tensors:
+    groups = int(parameters["seed"]) % 7 + 1
+    mixed = interleave(np.zeros(groups * 2, np.int32), np.ones(groups * 3, np.int32))
+    return {"mixed": mixed, "attempts": np.array([2]), "collapsed": np.array([False])}
+
+
+def test_one_candidate_is_written_as_the_result() -> None:
+    inference = FakeInference(write)
+    step = FakeStep(HAPPY, 1, {"tokens": tokenized().to_bytes()})
+    GenerateHandler(inference, encode).run(step)
+    assert list(step.written) == ["generated.safetensors"]
+    generated = Generated.from_bytes(step.written["generated.safetensors"])
+    assert (generated.seed, generated.attempts, generated.collapsed) == (5, 2, False)
+    assert generated.seconds == pytest.approx(len(generated.mixed) // GROUP * 0.12)
+    [(model, inputs, parameters)] = inference.calls
+    assert model == "llm"
+    assert inputs["prompt"].tolist() == [1, 2, 3]
+    assert parameters["temperature"] == 0.7
+
+
+def test_several_candidates_have_seeds_of_their_own_and_the_first_is_the_one_without() -> None:
+    request = HAPPY.model_copy(update={"n_best": 3})
+    step = FakeStep(request, 1, {"tokens": tokenized().to_bytes()})
+    GenerateHandler(FakeInference(write), encode).run(step)
+    assert sorted(step.written) == [f"candidate-{number}.safetensors" for number in range(3)]
+    seeds = [Generated.from_bytes(step.written[f"candidate-{number}.safetensors"]).seed for number in range(3)]
+    assert seeds[0] == 5
+    assert len(set(seeds)) == 3
+
+
+def test_a_model_that_writes_nothing_fails_the_step() -> None:
+    nothing = FakeInference(lambda inputs, parameters: {"mixed": np.zeros(0, np.int32)})
+    with pytest.raises(PermanentError, match="no audio"):
+        GenerateHandler(nothing, encode).run(FakeStep(HAPPY, 1, {"tokens": tokenized().to_bytes()}))
+
+
+def test_an_unknown_tag_is_the_users_error() -> None:
+    request = HAPPY.model_copy(update={"edit": Edit(type="emotion", detail="hapy")})
+    with pytest.raises(UserError, match="hapy"):
+        GenerateHandler(FakeInference(write), encode).run(FakeStep(request, 1, {"tokens": tokenized().to_bytes()}))
+
+
+def test_the_longest_result_follows_from_the_source_the_text_or_the_request() -> None:
+    source = tokenized(groups=100)
+    assert 250 <= max_groups(Edit(type="denoise"), source, None) <= 290
+    assert max_groups(Edit(type="denoise"), source, 1.2) == 10
+    short, long = Edit(type="clone", target_text="Hi."), Edit(type="clone", target_text="words " * 50)
+    wide = Edit(type="clone", target_text="今天天气很好我们出去走走")
+    assert max_groups(short, source, None) < max_groups(wide, source, None) < max_groups(long, source, None) <= 500
