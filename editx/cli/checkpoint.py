@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from shared.checkpoints.layout import Checkpoint
 from shared.errors import EditxError
@@ -75,7 +75,7 @@ def info(checkpoint: Source = "nano", as_json: AsJson = False) -> None:
     else:
         learned = metadata.trained_on.model_dump()
         console.print("Trained on: " + "; ".join(_learned(kind, value) for kind, value in learned.items() if value))
-    table = Table("component", "file", "MB")
+    table = Table("component", Column("file", overflow="fold"), "MB")
     for name, part in document["components"].items():
         size = f"{part['bytes'] / 1e6:.1f}" if part["files"] else ""
         table.add_row(name, "\n".join(part["files"]) or f"[red]{part['missing']}[/]", size)
@@ -124,17 +124,22 @@ def fetch(
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=as_json) as bar:
-        tasks: dict[str, Any] = {}
+    bar = Progress(*columns, console=Console(stderr=True), disable=as_json)
+    tasks: dict[str, Any] = {}
 
-        def show(path: str, done: int, total: int) -> None:
-            if path not in tasks:
-                tasks[path] = bar.add_task(path, total=total)
-            bar.update(tasks[path], completed=done)
+    def show(path: str, done: int, total: int) -> None:
+        bar.start()
+        if path not in tasks:
+            tasks[path] = bar.add_task(path, total=total)
+        bar.update(tasks[path], completed=done)
 
+    try:
         root = bring(
             release, to, source=source.value, endpoint=endpoint, revision=revision, update=update, progress=show
         )
+    finally:
+        if tasks:
+            bar.stop()
     if as_json:
         _print_json({"root": str(root)})
     else:
@@ -158,10 +163,11 @@ def replay(
             {"kind": result.kind, "out": str(out), "outputs": {name: list(s) for name, s in result.shapes.items()}}
         )
         return
-    table = Table("output", "shape", title=f"{result.kind} of {folder}, written to {out}")
+    table = Table("output", "shape", title=result.kind)
     for name, shape in result.shapes.items():
         table.add_row(name, " x ".join(map(str, shape)))
     Console().print(table)
+    Console().print(f"Written to {out}", highlight=False)
 
 
 def _component(checkpoint: Checkpoint, attribute: str) -> dict[str, Any]:
@@ -191,7 +197,10 @@ def _print_report(report: Report) -> None:
     for part in report.components:
         for finding in part.findings[:MOST_FINDINGS]:
             console.print(
-                f"{part.name}: {finding.problem}: {finding.what}  {finding.detail}", markup=False, highlight=False
+                f"{part.name}: {finding.problem}: {finding.what}  {finding.detail}",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
             )
         if len(part.findings) > MOST_FINDINGS:
             console.print(f"{part.name}: {len(part.findings) - MOST_FINDINGS} more; --json lists all", highlight=False)

@@ -263,8 +263,8 @@ def _say_where_to_put_files(parts: tuple[Part, ...], target: Path) -> Iterator[N
     try:
         yield
     except HubUnreachable as error:
-        places = ", ".join(f"{part.repository} into {target / part.folder}" for part in parts)
-        error.hint = f"Without a network, put the files of {places}, then run `editx checkpoint verify {target}`."
+        places = " and ".join(f"those of {part.repository} into {target / part.folder}" for part in parts)
+        error.message += f" Without a network, put the files there by hand: {places}."
         raise
 
 

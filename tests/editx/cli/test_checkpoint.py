@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from editx.cli.app import run as run_command_line
 from editx.cli.checkpoint import app
-from shared.checkpoints.hubs import HubUnreachable
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 
@@ -58,12 +58,16 @@ def test_replay_writes_the_outputs(tmp_path: Path) -> None:
     assert document["outputs"]["logits"] == [2, 180, 512]
 
 
-def test_fetch_without_a_network_ends_with_one_line(tmp_path: Path) -> None:
+def test_fetch_without_a_network_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    with pytest.raises(HubUnreachable, match="put the files of"):
-        run("fetch", "official", "--to", tmp_path, "--endpoint", endpoint, "--from", "modelscope")
+    code = run_command_line(["checkpoint", "fetch", "--to", str(tmp_path), "--endpoint", endpoint])
+    told = capsys.readouterr()
+    assert code == 4
+    assert told.out == ""
+    assert len(told.err.splitlines()) == 1
+    assert f"stepfun-ai/Step-Audio-EditX into {tmp_path / 'Step-Audio-EditX'}" in told.err
 
 
 def test_the_commands_import_no_torch() -> None:

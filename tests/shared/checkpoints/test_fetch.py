@@ -129,8 +129,9 @@ def test_a_folder_begun_from_one_hub_is_not_continued_from_the_other(hub: Loopba
 def test_without_a_network_one_line_says_where_to_put_the_files(tmp_path: Path, source: str) -> None:
     with pytest.raises(HubUnreachable) as caught:
         fetch("official", tmp_path / "official", source=source, endpoint=closed_port())
-    assert "\n" not in str(caught.value)
-    assert f"{TOKENIZER} into {tmp_path / 'official' / 'Step-Audio-Tokenizer'}" in str(caught.value)
+    assert "\n" not in caught.value.message
+    assert caught.value.hint == ""
+    assert f"{TOKENIZER} into {tmp_path / 'official' / 'Step-Audio-Tokenizer'}" in caught.value.message
     assert not (tmp_path / "official").exists()
 
 
