@@ -111,6 +111,10 @@ class Bus(Protocol):
         """Join `group` on `topics`. A group that is new to a topic starts at its first record."""
         ...
 
+    def backlog(self, topic: str, group: str) -> int:
+        """Records of a topic that a group has not committed. Raises BusUnavailable."""
+        ...
+
     def ping(self) -> None:
         """Return if the broker answers; raise BusUnavailable otherwise."""
         ...

@@ -232,6 +232,12 @@ def request_cancel(job: Job, now: float) -> Move:
     return Move(moved, (_event(moved, "cancel_requested", now),))
 
 
+def discard(job: Job, now: float) -> Move:
+    """Forget the job, with its artifacts, at the next purge after it has ended; an open job is cancelled as well."""
+    expired = _next(job, now, expires_at=now)
+    return Move(expired) if job.is_terminal else request_cancel(expired, now)
+
+
 def close_cancelled(job: Job, token: int, now: float) -> Move:
     """The worker stopped because of a cancel: the job ends as cancelled. Raises Fenced."""
     _held(job, token)
