@@ -149,7 +149,7 @@ class Editor:
             raise
         raise_for(job)
         audio = tuple(read_audio(self.system.store.get(key)) for key in job.result_keys)
-        warnings = tuple(warnings_for(self.checkpoint, request))
+        warnings = (*warnings_for(self.checkpoint, request), *_told_by(job))
         return Result(audio, recording, job, request.seed, time.perf_counter() - began, warnings)
 
     def tokenize(self, source: Source) -> Tokenized:
@@ -298,6 +298,12 @@ def raise_for(job: Job) -> None:
     if job.state == JobState.FAILED and job.error is not None:
         kind = JobFailed if job.error.dead_letter else UserError
         raise kind(job.error.message, job.error.hint, job.error.code)
+
+
+def _told_by(job: Job) -> list[str]:
+    """What the steps found odd about the result."""
+    loops = any(timing.metrics.get("collapsed") for timing in job.timings) and job.request.n_best == 1
+    return ["The language model found no proper end: listen to the result, or try another seed."] if loops else []
 
 
 _lock = threading.Lock()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
+import threading
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import ParamSpec
 
 import typer
@@ -66,6 +69,8 @@ def _mount_checkpoint(arguments: Sequence[str]) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; the exit code."""
     _mount_checkpoint(arguments)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)  # so that temporary folders go
     try:
         app(list(arguments), prog_name="editx")
     except EditxError as error:
@@ -77,6 +82,10 @@ def run(arguments: Sequence[str]) -> int:
     if code == EXIT_INTERRUPTED:
         Console(stderr=True).print("Interrupted; nothing was left half written.", highlight=False)
     return code
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def exit_code(error: EditxError) -> int:
