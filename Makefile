@@ -7,8 +7,9 @@ READY := $(VENV)/.editx-ready
 EXTRAS ?= stack,picture,dev
 
 AUDIO ?= tests/data/audio/en_happy_prompt.wav
-EDIT ?= emotion:sad
+EDIT ?= --emotion sad
 OUT ?= out
+RESULT = $(OUT)/$(basename $(notdir $(AUDIO)))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup edit test lint nano clean
@@ -23,8 +24,9 @@ $(READY): pyproject.toml constraints/dev.txt
 	$(PYTHON) -m pip install --quiet --constraint constraints/dev.txt --editable ".[$(EXTRAS)]"
 	touch $@
 
-edit: $(READY)  ## edit a recording with the bundled checkpoint: AUDIO=..., EDIT=emotion:sad, result in OUT=out
-	$(VENV)/bin/editx edit $(AUDIO) --edit $(EDIT) --out $(OUT)
+edit: $(READY)  ## edit a recording with the bundled checkpoint into out/: AUDIO=file EDIT="--emotion sad" OUT=folder
+	mkdir -p $(OUT)
+	$(VENV)/bin/editx edit $(AUDIO) $(EDIT) --out $(RESULT).wav --picture $(RESULT).png
 
 test: $(READY)  ## all tests
 	$(PYTHON) -m pytest
