@@ -1,6 +1,8 @@
 """What every test can ask for: a complete tiny checkpoint."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,3 +16,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.fixtures.tiny import tiny_checkpoint  # imports torch, which many tests need not wait for
 
     return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _stop_servers() -> Iterator[None]:
+    """End the real servers that tests of this session started, if any."""
+    yield
+    if loaded := sys.modules.get("tests.fixtures.servers"):
+        loaded.stop_servers()

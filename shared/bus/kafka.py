@@ -1,0 +1,295 @@
+"""A Bus on a broker that speaks the Kafka protocol, through kafka-python 3.
+
+Producing is idempotent and waits for all replicas. A group's partitions move one by one (cooperative sticky). A commit
+is refused here when the partition was taken away: brokers accept such commits and would rewind the group. Topics are
+made beforehand (`create_topics`), never by publishing.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+from kafka import KafkaConsumer, KafkaProducer
+from kafka.admin import KafkaAdminClient
+from kafka.consumer.subscription_state import ConsumerRebalanceListener
+from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
+from kafka.errors import CommitFailedError, IllegalStateError, KafkaError, TopicAlreadyExistsError
+from kafka.structs import OffsetAndMetadata, TopicPartition
+
+from shared.bus.port import BusUnavailable, CommitRefused, Delivery, Headers, Moved, Partition
+from shared.errors import UserError
+
+log = logging.getLogger(__name__)
+RECORD_BYTES_MAX = 1_000_000
+
+
+@dataclass(frozen=True)
+class KafkaSettings:
+    """How long this client waits. They may be given in the URL's query, in milliseconds."""
+
+    session_timeout_ms: int = 30_000
+    heartbeat_interval_ms: int = 3_000
+    max_poll_interval_ms: int = 300_000
+    request_timeout_ms: int = 10_000
+    delivery_timeout_ms: int = 20_000
+    commit_timeout_ms: int = 5_000
+    security_protocol: str = "PLAINTEXT"
+
+
+def connect(url: str) -> KafkaBus:
+    """kafka://host:port[,host:port][?session_timeout_ms=...]"""
+    parts = urlsplit(url)
+    names = KafkaSettings.__dataclass_fields__
+    query = dict(parse_qsl(parts.query))
+    if unknown := query.keys() - names.keys():
+        raise UserError(f"Unknown in {url}: {', '.join(sorted(unknown))}.", f"Known: {', '.join(names)}.")
+    given: dict[str, Any] = {name: value if names[name].type == "str" else int(value) for name, value in query.items()}
+    return KafkaBus(parts.netloc.split(","), KafkaSettings(**given))
+
+
+class KafkaBus:
+    """A Bus on the brokers `servers` ("host:port"). The producer is made when something is first published."""
+
+    def __init__(self, servers: Sequence[str], settings: KafkaSettings | None = None) -> None:
+        self._servers = list(servers)
+        self._settings = settings or KafkaSettings()
+        self._lock = threading.Lock()
+        self._producer: KafkaProducer | None = None
+        self._subscriptions: list[KafkaSubscription] = []
+        self._closed = False
+
+    def publish(self, topic: str, key: str, value: bytes, headers: Headers = ()) -> None:
+        if len(value) > RECORD_BYTES_MAX:
+            raise UserError(f"A record of {len(value)} bytes is too large for {topic}.",
+                            f"At most {RECORD_BYTES_MAX} bytes; put the data in the artifact store.")  # fmt: skip
+        try:
+            future = self._make_producer().send(topic, key=key.encode(), value=value, headers=list(headers))
+            future.get(timeout=self._settings.delivery_timeout_ms / 1000 + 1)
+        except (KafkaError, TimeoutError) as error:
+            raise _unavailable(self._servers, error) from error
+
+    def subscribe(
+        self, topics: Sequence[str], group: str, *, on_assigned: Moved | None = None, on_revoked: Moved | None = None
+    ) -> KafkaSubscription:
+        if self._closed:
+            raise BusUnavailable("The bus is closed.")
+        subscription = KafkaSubscription(self._servers, self._settings, topics, group, on_assigned, on_revoked)
+        self._subscriptions.append(subscription)
+        return subscription
+
+    def create_topics(
+        self, partitions: Mapping[str, int], *, replication: int = 1, configs: Mapping[str, str] | None = None
+    ) -> None:
+        """Make the topics that are missing, each with its number of partitions. Raises BusUnavailable."""
+        admin = self._admin()
+        try:
+            missing = partitions.keys() - set(admin.list_topics())
+            for topic in sorted(missing):
+                facts = {"num_partitions": partitions[topic], "replication_factor": replication}
+                try:
+                    admin.create_topics({topic: {**facts, "configs": dict(configs or {})}})
+                except TopicAlreadyExistsError:
+                    log.info("the topic %s was made by somebody else", topic)
+        except KafkaError as error:
+            raise _unavailable(self._servers, error) from error
+        finally:
+            admin.close()
+
+    def backlog(self, topic: str, group: str) -> int:
+        """Records of a topic that a group has not committed: its lag. Raises BusUnavailable."""
+        consumer = KafkaConsumer(bootstrap_servers=self._servers, group_id=group, enable_auto_commit=False,
+                                 request_timeout_ms=self._settings.request_timeout_ms)  # fmt: skip
+        try:
+            numbers = consumer.partitions_for_topic(topic) or ()
+            parts = [TopicPartition(topic, number) for number in numbers]
+            ends, begins = consumer.end_offsets(parts), consumer.beginning_offsets(parts)
+            return sum(ends[part] - (consumer.committed(part) or begins[part]) for part in parts)
+        except KafkaError as error:
+            raise _unavailable(self._servers, error) from error
+        finally:
+            consumer.close(autocommit=False)
+
+    def ping(self) -> None:
+        admin = self._admin()
+        try:
+            admin.list_topics()
+        except KafkaError as error:
+            raise _unavailable(self._servers, error) from error
+        finally:
+            admin.close()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            producer, self._producer = self._producer, None
+        for subscription in self._subscriptions:
+            subscription.close()
+        if producer is not None:
+            producer.close(timeout=self._settings.commit_timeout_ms / 1000)
+
+    def _admin(self) -> KafkaAdminClient:
+        if self._closed:
+            raise BusUnavailable("The bus is closed.")
+        try:
+            return KafkaAdminClient(
+                bootstrap_servers=self._servers,
+                request_timeout_ms=self._settings.request_timeout_ms,
+                bootstrap_timeout_ms=self._settings.request_timeout_ms,
+                security_protocol=self._settings.security_protocol,
+            )
+        except KafkaError as error:
+            raise _unavailable(self._servers, error) from error
+
+    def _make_producer(self) -> KafkaProducer:
+        with self._lock:
+            if self._closed:
+                raise BusUnavailable("The bus is closed.")
+            if self._producer is None:
+                self._producer = KafkaProducer(
+                    bootstrap_servers=self._servers,
+                    allow_auto_create_topics=False,
+                    delivery_timeout_ms=self._settings.delivery_timeout_ms,
+                    request_timeout_ms=self._settings.request_timeout_ms,
+                    bootstrap_timeout_ms=self._settings.request_timeout_ms,
+                    max_block_ms=self._settings.request_timeout_ms,
+                    reconnect_backoff_max_ms=1_000,
+                    security_protocol=self._settings.security_protocol,
+                )
+            return self._producer
+
+
+class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]
+    """A Subscription: one consumer of a group, used by one thread."""
+
+    def __init__(
+        self,
+        servers: list[str],
+        settings: KafkaSettings,
+        topics: Sequence[str],
+        group: str,
+        on_assigned: Moved | None,
+        on_revoked: Moved | None,
+    ) -> None:
+        self._servers = servers
+        self._settings = settings
+        self._on_assigned = on_assigned
+        self._on_revoked = on_revoked
+        self._assigned: frozenset[Partition] = frozenset()
+        self._closed = False
+        try:
+            self._consumer = KafkaConsumer(
+                bootstrap_servers=servers,
+                group_id=group,
+                enable_auto_commit=False,
+                auto_offset_reset="earliest",
+                allow_auto_create_topics=False,
+                partition_assignment_strategy=[CooperativeStickyAssignor],
+                session_timeout_ms=settings.session_timeout_ms,
+                heartbeat_interval_ms=settings.heartbeat_interval_ms,
+                max_poll_interval_ms=settings.max_poll_interval_ms,
+                request_timeout_ms=settings.request_timeout_ms,
+                bootstrap_timeout_ms=settings.request_timeout_ms,
+                fetch_max_wait_ms=250,
+                reconnect_backoff_max_ms=1_000,
+                metadata_max_age_ms=30_000,
+                security_protocol=settings.security_protocol,
+            )
+            self._consumer.subscribe(list(topics), listener=self)
+        except KafkaError as error:
+            raise _unavailable(servers, error) from error
+
+    def poll(self, timeout_s: float, max_records: int = 1) -> list[Delivery]:
+        try:
+            batches = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
+        except (KafkaError, OSError) as error:
+            log.warning("a poll of %s failed: %s", ", ".join(self._servers), error)
+            return []
+        return [_delivery(record) for records in batches.values() for record in records]
+
+    def commit(self, positions: Mapping[Partition, int]) -> None:
+        if self._closed:
+            raise CommitRefused("The reader has left its group.")
+        if lost := positions.keys() - self._assigned:
+            raise CommitRefused(f"{', '.join(map(str, sorted(lost)))} moved to another reader before the commit.")
+        offsets = {_kafka(partition): OffsetAndMetadata(offset, "", -1) for partition, offset in positions.items()}
+        try:
+            self._consumer.commit(offsets, timeout_ms=self._settings.commit_timeout_ms)
+        except CommitFailedError as error:
+            raise CommitRefused(f"The broker refused a commit: {error}") from error
+        except KafkaError as error:
+            raise _unavailable(self._servers, error) from error
+
+    def rewind(self, partition: Partition, offset: int) -> None:
+        if partition in self._assigned:
+            self._consumer.seek(_kafka(partition), offset)
+
+    def assignment(self) -> frozenset[Partition]:
+        return self._assigned
+
+    def pause(self, partitions: Collection[Partition]) -> None:
+        self._each(self._consumer.pause, partitions)
+
+    def resume(self, partitions: Collection[Partition]) -> None:
+        self._each(self._consumer.resume, partitions)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._consumer.close(autocommit=False, timeout_ms=self._settings.commit_timeout_ms)
+
+    def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
+        """Called by the consumer inside `poll` with the partitions that are new."""
+        gained = _partitions(assigned)
+        self._assigned |= gained
+        if gained and self._on_assigned is not None and not self._closed:
+            self._on_assigned(gained)
+
+    def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
+        """Called by the consumer inside `poll` or `close` with the partitions that go elsewhere."""
+        lost = _partitions(revoked)
+        self._assigned -= lost
+        if lost and self._on_revoked is not None and not self._closed:
+            self._on_revoked(lost)
+
+    def on_partitions_lost(self, lost: Collection[TopicPartition]) -> None:
+        """Called instead of the above when the membership itself was lost."""
+        self.on_partitions_revoked(lost)
+
+    def _each(self, change: Any, partitions: Collection[Partition]) -> None:
+        wanted = [_kafka(partition) for partition in partitions if partition in self._assigned]
+        try:
+            if wanted:
+                change(*wanted)
+        except (IllegalStateError, KeyError) as error:
+            log.warning("the assignment changed meanwhile: %s", error)
+
+
+def _delivery(record: Any) -> Delivery:
+    return Delivery(
+        partition=Partition(record.topic, record.partition),
+        offset=record.offset,
+        key=(record.key or b"").decode("utf-8", "replace"),
+        value=record.value or b"",
+        headers=tuple((name, value or b"") for name, value in record.headers or ()),
+        published_at=record.timestamp / 1000,
+    )
+
+
+def _kafka(partition: Partition) -> TopicPartition:
+    return TopicPartition(partition.topic, partition.number)
+
+
+def _partitions(found: Collection[TopicPartition]) -> frozenset[Partition]:
+    return frozenset(Partition(part.topic, part.partition) for part in found)
+
+
+def _unavailable(servers: Sequence[str], error: BaseException) -> BusUnavailable:
+    return BusUnavailable(
+        f"The broker at {', '.join(servers)} did not answer: {error or type(error).__name__}.", "Check that it runs."
+    )
