@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 import torch
-import yaml
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -31,6 +30,7 @@ from shared.audio.features import (
     whisper_log_mel,
 )
 from shared.audio.signal import through_pcm16
+from shared.checkpoints.decoder import read_config, read_yaml
 from shared.checkpoints.layout import Checkpoint, InvalidCheckpoint
 from shared.checkpoints.weights import read_weights
 from shared.codes import LINGUISTIC_SIZE, SEMANTIC_RATE_HZ, SEMANTIC_SIZE, Codes
@@ -144,8 +144,8 @@ def load_linguistic(checkpoint: Checkpoint, *, device: str | torch.device = "cpu
     """The linguistic tokenizer. Raises MissingComponent or InvalidCheckpoint naming the file."""
     config_file = checkpoint.linguistic_dir / "config.yaml"
     try:
-        config = LinguisticConfig.from_published(yaml.safe_load(config_file.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+        config = LinguisticConfig.from_published(read_yaml(config_file))
+    except (KeyError, TypeError, ValueError) as error:
         raise InvalidCheckpoint(f"{config_file} gives no sizes of an encoder ({error}).", _REFETCH) from error
     weights = read_weights(checkpoint.linguistic_file)
     state = {name.removeprefix("encoder."): tensor for name, tensor in weights.items() if name.startswith("encoder.")}
@@ -184,13 +184,11 @@ def load_speaker(checkpoint: Checkpoint, *, device: str = "cpu", threads: int = 
 
 def load_mel_config(checkpoint: Checkpoint) -> MelConfig:
     """Sizes of the prompt mel from cosyvoice.yaml. Raises MissingComponent or InvalidCheckpoint."""
-    from shared.checkpoints.decoder import read_config
-
-    document = read_config(checkpoint).get("mel_conf")
     names = [field.name for field in fields(MelConfig)]
     try:
-        return MelConfig(**{name: type(getattr(MelConfig, name))(document[name]) for name in names if name in document})
-    except (TypeError, ValueError) as error:
+        document = read_config(checkpoint)["mel_conf"]
+        return MelConfig(**{name: type(getattr(MelConfig, name))(document[name]) for name in names})
+    except (KeyError, TypeError, ValueError) as error:
         raise InvalidCheckpoint(f"{checkpoint.cosyvoice_yaml} gives no sizes of a mel ({error}).", _REFETCH) from error
 
 

@@ -91,10 +91,13 @@ class SanmAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: _Layout) -> Tensor:
         """x (B, C, W, input) -> (B, C, W, D)."""
-        query, key, value = self.linear_q_k_v(x).chunk(3, dim=-1)
+        size = self.config.output_size
+        query, seen = self.linear_q_k_v(x).split([size, 2 * size], dim=-1)
+        value = seen[..., size:]
         memory = self._memory(value, layout)
+        keys, values = self._with_past(seen).chunk(2, dim=-1)
         context = functional.scaled_dot_product_attention(
-            self._heads(query), self._heads(self._with_past(key)), self._heads(self._with_past(value)), layout.keys
+            self._heads(query), self._heads(keys), self._heads(values), layout.keys
         )
         context = context.transpose(1, 2).reshape(value.shape)
         out: Tensor = self.linear_out(context)
@@ -110,11 +113,10 @@ class SanmAttention(nn.Module):
 
         A window drops its last `overlap` positions from the cache: the next window computes them again.
         """
-        batch, chunks, _, size = x.shape
-        look_back, kept = self.config.look_back, x[:, :, : self.config.chunk]
-        padded = functional.pad(kept, (0, 0, 0, 0, look_back, 0))  # (B, look_back + C, chunk, D)
-        past = torch.stack([padded[:, start : start + chunks] for start in range(look_back)], dim=2)
-        return torch.cat([past.reshape(batch, chunks, -1, size), x], dim=2)
+        chunks, look_back = x.shape[1], self.config.look_back
+        kept = x[:, :, : self.config.chunk]
+        earlier = functional.pad(kept, (0, 0, 0, 0, look_back, 0))  # (B, look_back + C, chunk, D)
+        return torch.cat([*(earlier[:, start : start + chunks] for start in range(look_back)), x], dim=2)
 
     def _memory(self, value: Tensor, layout: _Layout) -> Tensor:
         value = value * layout.valid.unsqueeze(-1)
@@ -135,7 +137,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        out: Tensor = self.w_2(self.dropout(functional.relu(self.w_1(x))))
+        out: Tensor = self.w_2(self.dropout(functional.relu(self.w_1(x), inplace=True)))
         return out
 
 

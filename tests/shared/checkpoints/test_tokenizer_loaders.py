@@ -8,9 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shared.audio.features import MelConfig
 from shared.checkpoints.export import export_semantic_onnx, export_speaker_onnx, save_linguistic
 from shared.checkpoints.layout import Checkpoint, InvalidCheckpoint
-from shared.checkpoints.tokenizer import _similar_lengths, load_linguistic, load_semantic, load_speaker
+from shared.checkpoints.tokenizer import (
+    _similar_lengths,
+    load_linguistic,
+    load_mel_config,
+    load_semantic,
+    load_speaker,
+)
 from shared.errors import MissingComponent
 from shared.models.semantic import SemanticConfig, SemanticEncoder
 from shared.models.speaker import SpeakerConfig, SpeakerEncoder
@@ -124,6 +131,15 @@ def test_files_that_do_not_fit_each_other_are_named(copy):
     shutil.copy(copy / "campplus.onnx", copy / "speech_tokenizer_v1.onnx")
     with pytest.raises(InvalidCheckpoint, match=r"speech_tokenizer_v1\.onnx takes"):
         load_semantic(Checkpoint.resolve(copy))
+
+
+def test_the_mel_is_sized_by_the_decoders_configuration(tmp_path):
+    shutil.copy(GOLDEN.parent / "decoder_small" / "cosyvoice.yaml", tmp_path)
+    assert load_mel_config(Checkpoint.resolve(tmp_path)) == MelConfig()
+    text = (tmp_path / "cosyvoice.yaml").read_text()
+    (tmp_path / "cosyvoice.yaml").write_text(text.replace("hop_size: 480", "hop_size: many"))
+    with pytest.raises(InvalidCheckpoint, match="no sizes of a mel"):
+        load_mel_config(Checkpoint.resolve(tmp_path))
 
 
 def test_rows_are_grouped_by_similar_length():
