@@ -1,0 +1,1 @@
+"""What every training shares: objectives, schedules, batches, the loop, adapters and checkpoints."""

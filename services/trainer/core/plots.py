@@ -1,0 +1,85 @@
+"""Pictures of a run: its curves, histograms. Needs matplotlib, and leaves a picture out where that is missing."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+COLUMNS = 3
+HIDDEN = ("step", "s_per_step")
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        log.warning("matplotlib is not installed: no pictures are drawn (pip install editx[picture])")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def draw_curves(log_file: Path, target: Path) -> None:
+    """Every metric of a log.jsonl over its steps, a small panel each."""
+    pyplot = _pyplot()
+    if pyplot is None or not log_file.exists():
+        return
+    lines = [json.loads(line) for line in log_file.read_text().splitlines()]
+    names = [name for name in dict.fromkeys(key for line in lines for key in line) if name not in HIDDEN]
+    rows = -(-len(names) // COLUMNS)
+    figure, axes = pyplot.subplots(max(rows, 1), COLUMNS, figsize=(4 * COLUMNS, 2.4 * max(rows, 1)), squeeze=False)
+    for axis, name in zip(axes.flat, names, strict=False):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        axis.plot(*zip(*points, strict=True), linewidth=1.2)
+        axis.set_title(name, fontsize=9)
+        axis.tick_params(labelsize=7)
+    for axis in list(axes.flat)[len(names) :]:
+        axis.set_axis_off()
+    _save(pyplot, figure, target)
+
+
+def draw_histograms(groups: Mapping[str, Sequence[float]], target: Path, title: str, bins: int = 20) -> None:
+    """Distributions over one axis, e.g. margins before and after a threshold."""
+    pyplot = _pyplot()
+    if pyplot is None or not any(len(values) for values in groups.values()):
+        return
+    figure, axis = pyplot.subplots(figsize=(6, 3.2))
+    everything = [value for values in groups.values() for value in values]
+    span = (min(everything), max(everything))
+    for name, values in groups.items():
+        axis.hist(values, bins=bins, range=span, alpha=0.55, label=f"{name} ({len(values)})")
+    axis.set_title(title, fontsize=10)
+    axis.legend(fontsize=8)
+    _save(pyplot, figure, target)
+
+
+def draw_series(
+    series: Mapping[str, Sequence[tuple[float, float, float]]], labels: Sequence[str], target: Path, title: str
+) -> None:
+    """Lines with intervals: name to (low, middle, high) per label."""
+    pyplot = _pyplot()
+    if pyplot is None or not series:
+        return
+    figure, axis = pyplot.subplots(figsize=(6, 3.6))
+    for name, points in series.items():
+        low, middle, high = zip(*points, strict=True)
+        places = range(len(points))
+        axis.plot(places, middle, marker="o", label=name)
+        axis.fill_between(places, low, high, alpha=0.15)
+    axis.set_xticks(range(len(labels)), labels)
+    axis.set_title(title, fontsize=10)
+    axis.legend(fontsize=8)
+    _save(pyplot, figure, target)
+
+
+def _save(pyplot: Any, figure: Any, target: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,1 @@
+"""Data for post-training: rows, versioned manifests, builders, teachers, margins and preferences."""

@@ -1,0 +1,179 @@
+"""Versioned sets of rows: a folder with rows.jsonl and manifest.json, named by the hash of what is in it.
+
+Building the same rows gives the same version; a changed row gives another. Sets lie in a folder and travel through the
+artifact store. Every row that is refused is reported with its number and the reason. Knows nothing about training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from services.trainer.data.rows import Row, reason
+from shared.errors import UserError
+from shared.store.port import ArtifactStore
+
+log = logging.getLogger(__name__)
+
+ROWS, MANIFEST = "rows.jsonl", "manifest.json"
+OnBad = Literal["skip", "fail"]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A row that was left out: which (line or position, and its id if it has one) and why."""
+
+    row: int
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A set of rows. `version` is the first 16 hex digits of the hash of its rows."""
+
+    name: str
+    rows: tuple[Row, ...]
+    made_by: dict[str, Any] = field(default_factory=dict)
+    refused: tuple[Refused, ...] = ()
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over the rows in order."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(row.model_dump_json().encode() + b"\n")
+        return digest.hexdigest()
+
+    @property
+    def version(self) -> str:
+        return self.content_hash[:16]
+
+    def manifest(self) -> dict[str, Any]:
+        """What is known about the set without its rows."""
+        return {
+            "schema_version": 1, "name": self.name, "version": self.version, "sha256": self.content_hash,
+            "rows": len(self.rows), "made_by": self.made_by,
+            "licences": dict(Counter(row.licence for row in self.rows)),
+            "origins": dict(Counter(row.origin for row in self.rows)),
+            "refused": [refused.__dict__ for refused in self.refused],
+        }  # fmt: skip
+
+    def save(self, root: Path) -> Path:
+        """Write the set below `root`/name/version, whole or not at all; an existing version is left as it is."""
+        folder = root / self.name / self.version
+        if (folder / MANIFEST).exists():
+            return folder
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / ROWS, "".join(row.model_dump_json() + "\n" for row in self.rows))
+        _write(folder / MANIFEST, json.dumps(self.manifest(), indent=2, ensure_ascii=False) + "\n")
+        return folder
+
+    @classmethod
+    def load(cls, folder: Path) -> Dataset:
+        """Read a version's folder, or a bare JSONL file of rows. Raises UserError where the content does not match."""
+        if folder.is_file():
+            return read_rows(folder, name=folder.stem)
+        if not (folder / MANIFEST).exists():
+            raise UserError(f"{folder} is no data set: it has no {MANIFEST}.",
+                            "Give a folder that `editx data build` wrote.", "dataset_not_found")  # fmt: skip
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        read = read_rows(folder / ROWS, name=manifest["name"])
+        dataset = cls(
+            manifest["name"], read.rows, manifest["made_by"], tuple(Refused(**r) for r in manifest["refused"])
+        )
+        if dataset.content_hash != manifest["sha256"]:
+            raise UserError(f"{folder}: the rows are not those of the manifest.", "Build or fetch the set again.",
+                            "dataset_damaged")  # fmt: skip
+        return dataset
+
+    def publish(self, store: ArtifactStore) -> str:
+        """Put the set into the object store; its prefix there."""
+        prefix = f"datasets/{self.name}/{self.version}"
+        store.put(f"{prefix}/{ROWS}", "".join(row.model_dump_json() + "\n" for row in self.rows).encode())
+        store.put(f"{prefix}/{MANIFEST}", json.dumps(self.manifest(), ensure_ascii=False).encode())
+        return prefix
+
+
+def fetch(store: ArtifactStore, prefix: str, root: Path) -> Dataset:
+    """A set out of the object store, through a folder below `root`. Raises ArtifactNotFound, UserError."""
+    folder = root / "fetched" / prefix.replace("/", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (ROWS, MANIFEST):
+        _write(folder / name, store.get(f"{prefix}/{name}").decode())
+    return Dataset.load(folder)
+
+
+def read_rows(path: Path, *, name: str, on_bad: OnBad = "fail") -> Dataset:
+    """The rows of a JSONL file, checked one by one.
+
+    Raises UserError naming the first bad line, unless `on_bad` is "skip": then the set carries the list of them.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"The rows {path} cannot be read: {error.strerror}.", code="dataset_not_found") from error
+    return collect(name, _parsed(lines, path, on_bad), on_bad=on_bad)
+
+
+def _parsed(lines: Iterable[str], path: Path, on_bad: OnBad) -> Iterator[Row | Refused]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield Row.model_validate_json(line)
+        except ValidationError as error:
+            yield Refused(number, _id_of(line), f"{path.name}, line {number}: {reason(error)}")
+
+
+def collect(
+    name: str, rows: Iterable[Row | Refused], *, made_by: dict[str, Any] | None = None, on_bad: OnBad = "fail"
+) -> Dataset:
+    """Rows into a set: refused ones reported, ids made sure to be unique, repeated content dropped.
+
+    Repeats of content are normal (and counted as refused); two rows of one id and different content are a mistake.
+    """
+    kept: dict[str, Row] = {}
+    seen: dict[str, str] = {}
+    refused: list[Refused] = []
+    for number, row in enumerate(rows, start=1):
+        if isinstance(row, Refused):
+            _refuse(refused, row, on_bad)
+        elif (key := row.content_key()) in seen:
+            refused.append(Refused(number, row.id, f"says the same as {seen[key]}"))
+        elif row.id in kept:
+            _refuse(refused, Refused(number, row.id, "its id is taken by a row with other content"), on_bad)
+        else:
+            kept[row.id], seen[key] = row, row.id
+    for one in refused:
+        log.warning("row %d (%s) left out: %s", one.row, one.id, one.reason)
+    return Dataset(name, tuple(kept.values()), made_by or {}, tuple(refused))
+
+
+def _refuse(refused: list[Refused], row: Refused, on_bad: OnBad) -> None:
+    if on_bad == "fail":
+        raise UserError(f"Row {row.row} ({row.id or 'no id'}): {row.reason}.",
+                        "Mend it, or let bad rows be left out (--on-bad skip).", "bad_row")  # fmt: skip
+    refused.append(row)
+
+
+def _id_of(line: str) -> str:
+    try:
+        return str(json.loads(line).get("id", ""))
+    except (ValueError, AttributeError):
+        return ""
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,134 @@
+"""One row of a training set: an edit (or clone), the audio it starts from, and the answer; for preferences also a worse one.
+
+Audio tokens travel inline as base64 of little-endian uint16, so that a set of codes is one file. A row says where it
+comes from and under which licence. Knows nothing about files of rows.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+
+from shared.codes import GROUP_S, Codes, split
+from shared.errors import EditxError, UserError
+from shared.prompts import Turn, edit_turns
+from shared.schemas.edit import Edit
+from shared.tags import check_tag, check_text_tags
+
+SCHEMA_VERSION = 1
+
+
+def _read_codes(value: object) -> Codes:
+    if isinstance(value, str):
+        value = np.frombuffer(base64.b64decode(value), dtype="<u2").astype(np.int32)
+    mixed = np.asarray(value, dtype=np.int32)
+    try:
+        split(mixed)
+    except UserError as error:
+        raise ValueError(error.message) from error
+    if not len(mixed):
+        raise ValueError("no audio tokens")
+    return mixed
+
+
+def _write_codes(mixed: Codes) -> str:
+    return base64.b64encode(mixed.astype("<u2").tobytes()).decode()
+
+
+MixedCodes = Annotated[Any, BeforeValidator(_read_codes), PlainSerializer(_write_codes, when_used="json")]
+"""Mixed ids (groups * 5,) int32; base64 in JSON, a list of ints is read as well."""
+
+
+class Side(BaseModel):
+    """One recording of a row: its words, its audio tokens, and where the audio itself lies if it was kept."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    text: str = Field(min_length=1)
+    mixed: MixedCodes
+    audio: str | None = Field(default=None, description="Path or artifact key of the recording.")
+    sha256: str = Field(default="", description="Of the recording's samples, or of the tokens where there is none.")
+
+    @model_validator(mode="after")
+    def _words_and_hash(self) -> Self:
+        if not self.text.strip():
+            raise ValueError("the text is blank")
+        return self if self.sha256 else self.model_copy(update={"sha256": hash_codes(self.mixed)})
+
+    @property
+    def seconds(self) -> float:
+        return len(self.mixed) // 5 * GROUP_S
+
+
+class Row(BaseModel):
+    """One example. `edit.type` "clone" is zero-shot speech: the source is the reference and `edit.target_text` is said."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    id: str = Field(min_length=1, max_length=128)
+    edit: Edit
+    source: Side
+    target: Side
+    rejected: Side | None = Field(default=None, description="A worse answer to the same prompt, for preferences.")
+    speaker: str = Field(min_length=1)
+    language: str = Field(min_length=2, max_length=16)
+    licence: str = Field(min_length=1, description="Of the recordings, as an SPDX id where there is one.")
+    origin: str = Field(min_length=1, description="The corpus or teacher that the row comes from.")
+    margin: float | None = Field(default=None, description="How clearly target and source (or rejected) differ.")
+    rated_by: str | None = None
+
+    @model_validator(mode="after")
+    def _known_tags(self) -> Self:
+        try:
+            if self.edit.detail is not None:
+                check_tag(self.edit.type, self.edit.detail)
+            if self.edit.target_text is not None:
+                check_text_tags(self.edit.target_text)
+        except UserError as error:
+            raise ValueError(error.message) from error
+        if self.margin is not None and not math.isfinite(self.margin):
+            raise ValueError("the margin is no number")
+        return self
+
+    @property
+    def category(self) -> str:
+        """What thresholds, statistics and accuracies are grouped by: "emotion happy", "clone", "denoise"."""
+        return self.edit.type if self.edit.target_text is not None else str(self.edit)
+
+    def turns(self) -> list[Turn]:
+        """The prompt in the chat format."""
+        return edit_turns(self.edit, self.source.text, self.source.mixed)
+
+    def content_key(self) -> str:
+        """Equal for rows that teach the same: prompt, answer and rejected answer."""
+        parts = [self.edit.model_dump_json(), self.source.text, self.source.sha256, self.target.sha256]
+        parts += [self.rejected.sha256] if self.rejected else []
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def hash_codes(mixed: Codes) -> str:
+    """SHA-256 of audio tokens."""
+    return hashlib.sha256(np.asarray(mixed).astype("<u2").tobytes()).hexdigest()
+
+
+def hash_audio(samples: np.ndarray, sample_rate_hz: int) -> str:
+    """SHA-256 of a recording as 16-bit samples: the same for the same sound in another container."""
+    pcm = (np.clip(samples, -1, 1) * 32767).round().astype("<i2")
+    return hashlib.sha256(sample_rate_hz.to_bytes(4, "little") + pcm.tobytes()).hexdigest()
+
+
+def reason(error: Exception) -> str:
+    """Why a row is no good, in one line."""
+    if isinstance(error, ValidationError):
+        parts: Sequence[str] = [
+            f"{'.'.join(str(p) for p in problem['loc']) or 'row'}: {problem['msg']}" for problem in error.errors()
+        ]
+        return "; ".join(parts)
+    return error.message if isinstance(error, EditxError) else f"{type(error).__name__}: {error}"
