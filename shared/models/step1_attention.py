@@ -106,7 +106,7 @@ class WholeSequences:
         if not like.is_cuda:
             return self.alibi.reversed_block(0, length, like.device)
         if self._block is None:
-            self._block = self.alibi.reversed_block(0, self._longest, like.device).to(like.dtype)
+            self._block = self.alibi.reversed_block(0, self._longest, like.device).to(like.dtype).contiguous()
         return self._block[:, :, self._longest - length :, :length]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ class CachedPrefill:
         self.cache, self.slot, self.start, self.stop = cache, slot, start, start + count
         self.bias = alibi.reversed_block(start, count, cache.keys.device)
         if self.bias.is_cuda:
-            self.bias = self.bias.to(cache.keys.dtype)  # (1, H, count, stop), shared by all layers
+            self.bias = self.bias.to(cache.keys.dtype).contiguous()     # (1, H, count, stop), shared by all layers
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.keys[layer, self.slot], self.cache.values[layer, self.slot]
