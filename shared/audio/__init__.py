@@ -1,0 +1,1 @@
+"""Recordings and their features: files to samples, samples to samples, samples to what the models read."""

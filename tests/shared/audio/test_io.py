@@ -4,6 +4,8 @@ import contextlib
 import io
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +42,8 @@ def code_of(source, **limits) -> str:
 @pytest.mark.parametrize(
     ("fmt", "subtype"),
     [("WAV", "PCM_U8"), ("WAV", "PCM_24"), ("WAV", "PCM_32"), ("WAV", "FLOAT"), ("WAV", "DOUBLE"), ("WAV", "ULAW"),
-     ("FLAC", "PCM_16"), ("FLAC", "PCM_24"), ("MP3", "MPEG_LAYER_III"), ("OGG", "VORBIS"), ("OGG", "OPUS")],
+     ("WAVEX", "PCM_16"), ("RF64", "PCM_16"), ("AIFF", "PCM_16"), ("FLAC", "PCM_16"), ("FLAC", "PCM_24"),
+     ("MP3", "MPEG_LAYER_III"), ("OGG", "VORBIS"), ("OGG", "OPUS")],
 )  # fmt: skip
 def test_every_format_and_depth_is_read(fmt, subtype):
     found = read_audio(encoded(tone(), fmt=fmt, subtype=subtype))
@@ -195,3 +198,8 @@ def test_a_full_disk_is_named_and_leaves_the_old_file_and_no_other(tmp_path, mon
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         write_atomically(tmp_path / "no folder" / "out.wav", b"x")
+
+
+def test_reading_and_writing_need_no_torch():
+    code = "import sys, shared.audio.io, shared.artifacts, shared.codes; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
