@@ -139,7 +139,7 @@ class Editor:
     def run(self, source: Source, request: JobRequest, on_event: Callable[[JobEvent], None] | None = None) -> Result:
         """Carry out a request and wait for it; an interrupt (Ctrl-C) cancels it first."""
         recording = read_source(source)
-        check_request(request)
+        check_request(request, self.checkpoint)
         began = time.perf_counter()
         job = self.system.submit(write_audio(recording, None, "wav") or b"", request)
         try:

@@ -18,6 +18,7 @@ from services.decoder.handler import DecodeHandler
 from services.llm.handler import GenerateHandler
 from services.reward.handler import ScoreHandler
 from services.tokenizer.handler import TokenizeHandler
+from shared import telemetry
 from shared.bus.memory import MemoryBus
 from shared.checkpoints.layout import Checkpoint
 from shared.errors import PermanentError, UserError
@@ -27,6 +28,7 @@ from shared.jobs import machine
 from shared.jobs.memory import MemoryJobStore
 from shared.jobs.port import Idempotency, JobStore
 from shared.jobs.sqlite import SqliteJobStore
+from shared.languages import check_language
 from shared.prompts import TextTokenizer, Turn
 from shared.publishing import publish_step
 from shared.schemas import Job, JobEvent, JobRequest, new_job_id
@@ -101,8 +103,15 @@ class Embedded:
 
         Raises UserError for a tag or text that nobody knows.
         """
-        check_request(request)
-        accepted = machine.accept(request, self.jobs.now(), job_id=new_job_id(), owner=owner)
+        check_request(request, self.checkpoint)
+        job_id = new_job_id()
+        with telemetry.span("submit job", {"messaging.message.conversation_id": job_id}):
+            return self._submit(audio, request, job_id, owner, idempotency)
+
+    def _submit(
+        self, audio: bytes, request: JobRequest, job_id: str, owner: str, idempotency: Idempotency | None
+    ) -> Job:
+        accepted = machine.accept(request, self.jobs.now(), job_id=job_id, owner=owner, trace=telemetry.inject())
         self.store.put(request.source_key or source_key(accepted.job.id), audio)
         created = self.jobs.create(accepted.job, accepted.events, idempotency=idempotency)
         if not created.is_new:
@@ -159,9 +168,16 @@ class Embedded:
             raise
 
 
-def check_request(request: JobRequest) -> None:
-    """Raise UserError if a request names a tag that is not published, with the nearest known ones."""
+def check_request(request: JobRequest, checkpoint: Checkpoint | None = None) -> None:
+    """Raise UserError if a request names a tag that is not published, with the nearest known ones.
+
+    With a checkpoint, a text that is in none of its languages is refused as well.
+    """
     edit = request.edit
+    trained = checkpoint.metadata.trained_on if checkpoint is not None else None
+    if edit is not None and checkpoint is not None and trained is not None:
+        for text in (request.text, edit.target_text):
+            check_language(text or "", trained.languages, checkpoint.metadata.name)
     if edit is not None and edit.detail is not None:
         check_tag(edit.type, edit.detail)
     if edit is not None and edit.target_text is not None:

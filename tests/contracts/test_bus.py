@@ -158,6 +158,17 @@ def test_a_subscription_reads_several_topics(bus: Bus, topic: str, group: str) -
     reader.close()
 
 
+def test_the_backlog_counts_what_a_group_has_not_committed(bus: Bus, topic: str, group: str) -> None:
+    for number in range(5):
+        bus.publish(topic, f"job-{number}", b"work")
+    reader = bus.subscribe([topic], group)
+    records = read(reader, 5)
+    assert bus.backlog(topic, group) == 5
+    commit(reader, sorted(records, key=lambda record: record.offset))
+    assert bus.backlog(topic, group) == 0
+    reader.close()
+
+
 def test_the_bus_answers_a_ping_and_closes_twice(bus: Bus) -> None:
     bus.ping()
     bus.close()

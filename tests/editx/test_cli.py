@@ -180,6 +180,7 @@ def test_a_recording_that_cannot_be_used_is_refused_by_name(
         (["--style", "wisper"], 2, "whisper"),
         (["--speed", "quicker"], 2, "faster"),
         (["--paralinguistic", "Well [Laufter] yes."], 2, "Laughter"),
+        (["--emotion", "happy", "--text", "Привет, как дела?"], 2, "Cyrillic"),
         ([], 2, "one edit"),
         (["--emotion", "happy", "--denoise"], 2, "one edit"),
         (["--denoise", "-o", "out.txt"], 2, "suffix"),

@@ -1,0 +1,130 @@
+"""editx in Python, and the embedded system under it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from editx.api import Editor, Result, Source
+from editx.embedded import Embedded
+from shared.audio.io import Waveform, read_audio, write_audio
+from shared.checkpoints.layout import Checkpoint
+from shared.errors import UserError
+from shared.jobs import machine
+from shared.jobs.port import Idempotency
+from shared.jobs.sqlite import SqliteJobStore
+from shared.schemas import DecodeSettings, Edit, JobRequest, JobState
+from shared.store.folder import FolderStore
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def editor(tiny: Path) -> Iterator[Editor]:
+    with Editor(tiny) as editor:
+        yield editor
+
+
+@pytest.fixture(scope="module")
+def speech() -> Waveform:
+    whole = read_audio(ROOT / "tests" / "data" / "audio" / "en_happy_prompt.wav")
+    return Waveform(whole.samples[: whole.sample_rate_hz], whole.sample_rate_hz)
+
+
+def test_three_lines_edit_a_recording(tiny: Path, tmp_path: Path, speech: Waveform) -> None:
+    write_audio(speech, tmp_path / "in.wav")
+    script = (
+        "from editx import edit\n"
+        f"result = edit({str(tmp_path / 'in.wav')!r}, text='Yes.', emotion='happy', checkpoint={str(tiny)!r})\n"
+        f"result.save({str(tmp_path / 'out.wav')!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=120)
+    assert read_audio(tmp_path / "out.wav").sample_rate_hz == 24_000
+
+
+def test_samples_bytes_and_files_are_the_same_source(editor: Editor, speech: Waveform, tmp_path: Path) -> None:
+    write_audio(speech, tmp_path / "in.wav")
+    exact = read_audio(tmp_path / "in.wav")
+    sources: list[Source] = [
+        tmp_path / "in.wav",
+        (tmp_path / "in.wav").read_bytes(),
+        exact,
+        (exact.samples, exact.sample_rate_hz),
+    ]
+    results = [editor.edit(source, denoise=True, seed=3, steps=2) for source in sources]
+    for result in results:
+        assert isinstance(result, Result)
+        np.testing.assert_array_equal(result.audio.samples, results[0].audio.samples)
+
+
+def test_a_result_tells_its_iterations_seed_and_speed(editor: Editor, speech: Waveform) -> None:
+    seen: list[str] = []
+    result = editor.edit(
+        speech, speed="faster", text="You know.", iterations=2, seed=3, steps=2, on_event=lambda e: seen.append(e.type)
+    )
+    assert len(result.iterations) == 2
+    assert result.seed == 3
+    assert result.rtf > 0
+    assert seen[0] == "accepted"
+    assert seen[-1] == "done"
+    assert editor.edit(speech, denoise=True, steps=2).seed != editor.edit(speech, denoise=True, steps=2).seed
+
+
+def test_several_threads_share_one_editor(editor: Editor, speech: Waveform) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda seed: editor.edit(speech, denoise=True, seed=seed, steps=2), [1, 2, 1]))
+    np.testing.assert_allclose(together[0].audio.samples, together[2].audio.samples, atol=1e-4)
+
+
+def test_tokens_decode_to_sound_of_their_length(editor: Editor, speech: Waveform) -> None:
+    tokens = editor.tokenize(speech)
+    audio = editor.decode(tokens, steps=2)
+    assert audio.duration_s == pytest.approx(len(tokens.mixed) / 5 * 0.12, abs=0.1)
+
+
+def test_a_wrong_request_is_refused_before_it_becomes_a_job(editor: Editor, speech: Waveform) -> None:
+    before = len(editor.system.jobs.list(limit=1000).jobs)
+    with pytest.raises(UserError, match="hapy"):
+        editor.edit(speech, emotion="hapy", text="You know.")
+    with pytest.raises(UserError, match="What is said"):
+        editor.edit(speech, emotion="happy")
+    with pytest.raises(UserError, match="one edit"):
+        editor.edit(speech)
+    assert len(editor.system.jobs.list(limit=1000).jobs) == before
+
+
+def test_one_idempotency_key_is_one_job(editor: Editor, speech: Waveform) -> None:
+    audio = write_audio(speech, None, "wav") or b""
+    request = JobRequest(edit=Edit(type="denoise"), decode=DecodeSettings(steps=2))
+    first = editor.system.submit(audio, request, idempotency=Idempotency("key", "body"))
+    second = editor.system.submit(audio, request, idempotency=Idempotency("key", "body"))
+    assert first.id == second.id
+    assert editor.system.wait(first.id).state == JobState.DONE
+
+
+def test_a_cancelled_job_ends_as_cancelled(editor: Editor, speech: Waveform) -> None:
+    audio = write_audio(speech, None, "wav") or b""
+    job = editor.system.submit(audio, JobRequest(edit=Edit(type="denoise"), iterations=10))
+    editor.system.cancel(job.id)
+    assert editor.system.wait(job.id).state == JobState.CANCELLED
+
+
+def test_a_job_that_an_earlier_process_left_open_is_finished_by_the_next(
+    tiny: Path, tmp_path: Path, speech: Waveform
+) -> None:
+    jobs, store = SqliteJobStore(tmp_path / "jobs.sqlite"), FolderStore(tmp_path / "artifacts")
+    accepted = machine.accept(JobRequest(edit=Edit(type="vad"), decode=DecodeSettings(steps=2)), jobs.now())
+    store.put(f"jobs/{accepted.job.id}/source/audio", write_audio(speech, None, "wav") or b"")
+    jobs.create(accepted.job, accepted.events)
+    jobs.close()
+    with Embedded(Checkpoint.resolve(tiny), folder=tmp_path) as system:
+        done = system.wait(accepted.job.id)
+        assert done.state == JobState.DONE
+        assert read_audio(system.store.get(done.result_keys[-1])).duration_s > 0
