@@ -1,10 +1,10 @@
 """A vocoder that works at frame rate: harmonics and noise, each shaped by a predicted short-time spectrum.
 
-The third kind beside HiFT and BigVGAN, for small checkpoints. From the mel it predicts F0 and voicing; an excitation with all
-harmonics of that F0 and one of white noise are taken to the short-time spectrum, multiplied by predicted filters, added and inverted.
-Harmonic structure and randomness are built in, so little has to be learned and nothing runs at sample rate but two Fourier
-transforms. Harmonic-plus-noise after DDSP (arXiv 2001.04643), ConvNeXt blocks after Vocos (arXiv 2306.00814).
-Knows nothing about checkpoints or services.
+The third kind beside HiFT and BigVGAN, for small checkpoints. From the mel it predicts F0 and voicing; an
+excitation with all harmonics of that F0 and one of white noise are taken to the short-time spectrum, multiplied by
+predicted filters, added and inverted. Harmonic structure and randomness are built in, so little has to be learned
+and nothing runs at sample rate but two Fourier transforms. Harmonic-plus-noise after DDSP (arXiv 2001.04643),
+ConvNeXt blocks after Vocos (arXiv 2306.00814). Knows nothing about checkpoints or services.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ F0_HIGHEST_HZ = 650.0
 SILENCE = math.log(1e-5)
 """The mel's floor."""
 RIGHT_CONTEXT = 48
-"""Silent frames after the end: more than the receptive field, so that a row ends the same way alone and in a longer batch."""
+"""Silent frames after the end: more than the receptive field, so that a row ends the same way alone and in a
+longer batch."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class ConvNeXtBlock(nn.Module):
 
 
 class F0Predictor(nn.Module):
-    """F0 and voicing from the mel: a distribution over log-spaced pitches and one logit. Frame rate in, frame rate out."""
+    """F0 and voicing from the mel: a distribution over log-spaced pitches and one logit. Frame rate in, frame
+    rate out."""
 
     def __init__(self, config: SpectralConfig) -> None:
         super().__init__()
@@ -100,8 +102,8 @@ class F0Predictor(nn.Module):
 def harmonic_excitation(f0: Tensor, hop: int, sampling_rate: int, start_phase: Tensor | None = None) -> Tensor:
     """Equal cosines at every harmonic of F0 below the Nyquist frequency, in closed form. (B, T) Hz -> (B, T * hop).
 
-    The sum of cos(k phi) for k = 1..K is (sin((K + 1/2) phi) / sin(phi / 2) - 1) / 2. The phase is summed in float64, since float32
-    drifts by a cycle within minutes. Scaled to unit power; zero where F0 is zero.
+    The sum of cos(k phi) for k = 1..K is (sin((K + 1/2) phi) / sin(phi / 2) - 1) / 2. The phase is summed in
+    float64, since float32 drifts by a cycle within minutes. Scaled to unit power; zero where F0 is zero.
     """
     held = f0.clone()
     voiced = (f0 > 0).float()
@@ -119,7 +121,8 @@ def harmonic_excitation(f0: Tensor, hop: int, sampling_rate: int, start_phase: T
 
 
 def _fill_gaps(f0: Tensor) -> Tensor:
-    """Unvoiced frames take the last voiced F0 (the first one at the start, 100 Hz in silence), so that no glide passes through zero."""
+    """Unvoiced frames take the last voiced F0 (the first one at the start, 100 Hz in silence), so that no glide
+    passes through zero."""
     frames = torch.arange(f0.shape[1], device=f0.device).expand_as(f0)
     last = torch.where(f0 > 0, frames, -1).cummax(1).values
     filled = torch.gather(f0, 1, last.clamp(min=0))
@@ -163,7 +166,8 @@ class SpectralVocoder(nn.Module):
         return cls(SpectralConfig(**values))  # type: ignore[arg-type]
 
     def filters(self, mel: Tensor, f0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 80, T), (B, T) -> harmonic log magnitude, harmonic phase, noise log magnitude, each (B, bins, T * upsample)."""
+        """(B, 80, T), (B, T) -> harmonic log magnitude, harmonic phase, noise log magnitude, each (B, bins, T *
+        upsample)."""
         c = self.config
         pitch = torch.stack([(f0 > 0).to(mel.dtype), torch.log(f0.clamp(min=F0_LOWEST_HZ)) - 5.0], 1)  # (B, 2, T)
         x = self.inlet(mel) + self.f0_inlet(pitch.to(mel.dtype))
@@ -177,7 +181,8 @@ class SpectralVocoder(nn.Module):
         return (envelope + harmonic).clamp(max=4.0), phase, (envelope + noise).clamp(max=4.0)
 
     def synthesise(self, mel: Tensor, f0: Tensor, noise: Tensor, start_phase: Tensor | None = None) -> Tensor:
-        """The waveform (B, T * hop_size) for a mel (B, 80, T), an F0 (B, T) in Hz and white noise (B, T * hop_size)."""
+        """The waveform (B, T * hop_size) for a mel (B, 80, T), an F0 (B, T) in Hz and white noise (B, T *
+        hop_size)."""
         c = self.config
         length = mel.shape[-1] * c.hop_size
         pulses = harmonic_excitation(f0.float(), c.hop_size, c.sampling_rate, start_phase)
@@ -213,9 +218,11 @@ class SpectralVocoder(nn.Module):
 
 
 def _mel_to_linear(config: SpectralConfig) -> Tensor:
-    """A matrix (bins, 80) that reads a log magnitude at each linear bin off the log mel, by interpolation between band centres.
+    """A matrix (bins, 80) that reads a log magnitude at each linear bin off the log mel, by interpolation between
+    band centres.
 
-    Bands are Slaney's (linear to 1 kHz, then logarithmic, 27 bands an octave-third as published). Above the last band it holds its value.
+    Bands are Slaney's (linear to 1 kHz, then logarithmic, 27 bands an octave-third as published). Above the last
+    band it holds its value.
     """
     edges = _slaney_edges(config.in_channels, config.mel_fmax)
     centres = edges[1:-1]

@@ -1,7 +1,7 @@
 """Judges that run offline: words (two recognisers), voice, naturalness, background, pitch.
 
-Each is loaded on first use and takes 16 kHz float32 audio (n,). What they are and how far to trust them is in docs/model-card.md.
-Knows nothing about checkpoints or datasets.
+Each is loaded on first use and takes 16 kHz float32 audio (n,). What they are and how far to trust them is in
+docs/model-card.md. Knows nothing about checkpoints or datasets.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def word_error_rate(references: Sequence[str], heard: Sequence[str], language: s
 
 @dataclass(frozen=True)
 class Prosody:
-    """What an emotion, style or speed edit moves: F0 mean (Hz) and spread (semitones), level (dB), syllable-like rate is left to duration."""
+    """What an emotion, style or speed edit moves: F0 mean (Hz) and spread (semitones), level (dB), syllable-like
+    rate is left to duration."""
 
     f0_hz: float
     f0_spread: float
@@ -66,7 +67,13 @@ class Judges:
     def _whisper(self) -> Any:
         from faster_whisper import WhisperModel
 
-        return WhisperModel(str(self._whisper_folder), device="cpu", compute_type="int8", cpu_threads=self._threads, local_files_only=True)
+        return WhisperModel(
+            str(self._whisper_folder),
+            device="cpu",
+            compute_type="int8",
+            cpu_threads=self._threads,
+            local_files_only=True,
+        )
 
     @cached_property
     def _sphinx(self) -> Any:
@@ -94,7 +101,9 @@ class Judges:
     def hear(self, audio: np.ndarray, language: str = "en") -> str:
         """Whisper-base's transcript, greedy."""
         prompt = "以下是普通话的句子。" if language == "zh" else None
-        segments, _ = self._whisper.transcribe(audio, language=language, beam_size=1, without_timestamps=True, initial_prompt=prompt)
+        segments, _ = self._whisper.transcribe(
+            audio, language=language, beam_size=1, without_timestamps=True, initial_prompt=prompt
+        )
         return " ".join(segment.text for segment in segments)
 
     def hear_again(self, audio: np.ndarray) -> str:

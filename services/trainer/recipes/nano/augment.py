@@ -1,4 +1,5 @@
-"""What happens to speech between a mouth and a file: noise, rooms, narrow bands, levels. For tokenizers that must bear real recordings.
+"""What happens to speech between a mouth and a file: noise, rooms, narrow bands, levels. For tokenizers that must
+bear real recordings.
 
 numpy at 16 kHz, (n,) float32 in and out, drawn from a generator. Knows nothing about models.
 """
@@ -19,7 +20,7 @@ def colored_noise(samples: int, exponent: float, rng: np.random.Generator) -> np
     spectrum = np.fft.rfft(rng.standard_normal(samples))
     frequency = np.fft.rfftfreq(samples, 1 / RATE_HZ)
     shaped = np.fft.irfft(spectrum * np.maximum(frequency, 30.0) ** (-exponent / 2), samples)
-    return (shaped / max(1e-9, float(np.sqrt(np.mean(shaped**2))))).astype(np.float32)
+    return np.asarray(shaped / max(1e-9, float(np.sqrt(np.mean(shaped**2)))), np.float32)
 
 
 def hum(samples: int, rng: np.random.Generator) -> np.ndarray:
@@ -27,13 +28,13 @@ def hum(samples: int, rng: np.random.Generator) -> np.ndarray:
     base = float(rng.choice([50.0, 60.0]))
     time = np.arange(samples) / RATE_HZ
     wave = sum(rng.uniform(0.1, 1) * np.sin(2 * np.pi * base * k * time + rng.uniform(0, 6.28)) for k in range(1, 6))
-    return (wave / np.sqrt(np.mean(np.square(wave)))).astype(np.float32)
+    return np.asarray(wave / np.sqrt(np.mean(np.square(wave))), np.float32)
 
 
 def add_noise(speech: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
     """The sum at a signal-to-noise ratio, measured over the whole."""
     level = np.sqrt(np.mean(speech**2) + 1e-9) / 10 ** (snr_db / 20)
-    return (speech + level * noise).astype(np.float32)
+    return np.asarray(speech + level * noise, np.float32)
 
 
 def any_noise(samples: int, rng: np.random.Generator, babble: Callable[[], np.ndarray] | None = None) -> np.ndarray:

@@ -1,7 +1,8 @@
 """The corpus of the small checkpoint: which voice says which sentence how, rendered by the teacher, resumable.
 
-The plan is a pure function of the seed: row i is the same on every machine, so several processes share it by remainder and a killed
-run continues where it stopped. `python -m services.trainer.recipes.nano.corpus --workers 2 --hours 3`.
+The plan is a pure function of the seed: row i is the same on every machine, so several processes share it by
+remainder and a killed run continues where it stopped. `python -m services.trainer.recipes.nano.corpus --workers 2
+--hours 3`.
 """
 
 from __future__ import annotations
@@ -21,11 +22,33 @@ from services.trainer.recipes.nano import assets, teacher, texts
 SEED = 20251103
 HELD_OUT_VOICES = ("af_kore", "am_michael", "bf_lily", "bm_george")
 """Never mixed, never trained on: the unseen voices of the benchmark."""
-ENGLISH_VOICES = tuple(
-    "af_alloy af_aoede af_bella af_heart af_jessica af_nova af_river af_sarah af_sky am_adam am_echo am_eric am_fenrir am_liam am_onyx "
-    "am_puck am_santa bf_alice bf_emma bf_isabella bm_daniel bm_fable bm_lewis af_nicole".split()
+ENGLISH_VOICES = (
+    "af_alloy",
+    "af_aoede",
+    "af_bella",
+    "af_heart",
+    "af_jessica",
+    "af_nova",
+    "af_river",
+    "af_sarah",
+    "af_sky",
+    "am_adam",
+    "am_echo",
+    "am_eric",
+    "am_fenrir",
+    "am_liam",
+    "am_onyx",
+    "am_puck",
+    "am_santa",
+    "bf_alice",
+    "bf_emma",
+    "bf_isabella",
+    "bm_daniel",
+    "bm_fable",
+    "bm_lewis",
+    "af_nicole",
 )
-MANDARIN_VOICES = tuple("zf_xiaobei zf_xiaoxiao zf_xiaoyi zm_yunjian zm_yunxi zm_yunxia zm_yunyang".split())
+MANDARIN_VOICES = ("zf_xiaobei", "zf_xiaoxiao", "zf_xiaoyi", "zm_yunjian", "zm_yunxi", "zm_yunxia", "zm_yunyang")
 MIXES = 240
 GROUP_MANNERS = 3
 
@@ -57,7 +80,8 @@ def mixed_voices(seed: int = SEED) -> dict[str, dict[str, float]]:
 
 
 def plan(found: assets.Assets, seed: int = SEED) -> Iterator[Row]:
-    """Rows without end: half neutral single utterances, half groups of one sentence in several manners; every seventh Mandarin."""
+    """Rows without end: half neutral single utterances, half groups of one sentence in several manners; every
+    seventh Mandarin."""
     english, mandarin = texts.english(found.wordnet), texts.mandarin(found.hsk)
     mixes = list(mixed_voices(seed).items())
     manners = [name for name in teacher.MANNERS if name != "neutral"]
@@ -104,7 +128,8 @@ class Phonemes:
 
 
 def render(worker: int, workers: int, folder: Path, hours: float) -> None:
-    """Render this worker's rows until the worker's share of the hours is done; rows already in its manifest are skipped."""
+    """Render this worker's rows until the worker's share of the hours is done; rows already in its manifest are
+    skipped."""
     found = assets.prepare()
     graph = teacher.add_controls(found.kokoro, found.kokoro.with_name("kokoro-controls.onnx"))
     speaker = teacher.Teacher(graph, found.voices, found.vocab)
@@ -123,9 +148,15 @@ def render(worker: int, workers: int, folder: Path, hours: float) -> None:
             except ValueError as problem:
                 print(f"row {row.index} left out: {problem}", flush=True)
                 continue
-            soundfile.write(folder / f"{row.index:07d}.flac", np.clip(spoken.audio, -1, 1), teacher.SAMPLE_RATE_HZ, subtype="PCM_16")
+            soundfile.write(
+                folder / f"{row.index:07d}.flac", np.clip(spoken.audio, -1, 1), teacher.SAMPLE_RATE_HZ, subtype="PCM_16"
+            )
             duration_s = len(spoken.audio) / teacher.SAMPLE_RATE_HZ
-            record = asdict(row) | {"duration_s": round(duration_s, 4), "phonemes": spoken.phoneme_ids, "frames": spoken.frames}
+            record = asdict(row) | {
+                "duration_s": round(duration_s, 4),
+                "phonemes": spoken.phoneme_ids,
+                "frames": spoken.frames,
+            }
             out.write(json.dumps(record, ensure_ascii=False) + "\n")
             out.flush()
             seconds += duration_s
@@ -140,7 +171,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     assets.prepare()
     processes = [
-        multiprocessing.get_context("spawn").Process(target=render, args=(worker, arguments.workers, folder, arguments.hours))
+        multiprocessing.get_context("spawn").Process(
+            target=render, args=(worker, arguments.workers, folder, arguments.hours)
+        )
         for worker in range(arguments.workers)
     ]
     for process in processes:

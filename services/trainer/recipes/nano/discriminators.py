@@ -1,4 +1,5 @@
-"""Discriminators for the vocoder: spectrograms at several resolutions, and (where compute allows) the waveform folded by periods.
+"""Discriminators for the vocoder: spectrograms at several resolutions, and (where compute allows) the waveform
+folded by periods.
 
 After UnivNet (arXiv 2106.07889), HiFi-GAN (arXiv 2010.05646) and Vocos. Knows nothing about the generator.
 """
@@ -16,14 +17,16 @@ Judged = tuple[Tensor, list[Tensor]]
 
 
 class SpectrogramDiscriminator(nn.Module):
-    """Judges a short-time spectrum, real and imaginary parts compressed by the cube root of the magnitude. (B, n) -> logits, features."""
+    """Judges a short-time spectrum, real and imaginary parts compressed by the cube root of the magnitude. (B, n)
+    -> logits, features."""
 
     def __init__(self, n_fft: int, channels: int) -> None:
         super().__init__()
         self.n_fft = n_fft
         sizes = [2, channels, channels, channels, channels]
         self.convs = nn.ModuleList(
-            weight_norm(nn.Conv2d(sizes[i], sizes[i + 1], (9, 3), stride=(2 if i else 1, 1), padding=(4, 1))) for i in range(4)
+            weight_norm(nn.Conv2d(sizes[i], sizes[i + 1], (9, 3), stride=(2 if i else 1, 1), padding=(4, 1)))
+            for i in range(4)
         )
         self.outlet = weight_norm(nn.Conv2d(channels, 1, 3, padding=1))
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
@@ -61,9 +64,12 @@ class PeriodDiscriminator(nn.Module):
 
 
 class Discriminators(nn.Module):
-    """A set of both kinds. `channels` is the width at every layer of the first kind, the first width of the second."""
+    """A set of both kinds. `channels` is the width at every layer of the first kind, the first width of the
+    second."""
 
-    def __init__(self, channels: int, resolutions: Sequence[int] = (512, 1024, 2048), periods: Sequence[int] = ()) -> None:
+    def __init__(
+        self, channels: int, resolutions: Sequence[int] = (512, 1024, 2048), periods: Sequence[int] = ()
+    ) -> None:
         super().__init__()
         members: list[nn.Module] = [SpectrogramDiscriminator(n, channels) for n in resolutions]
         members += [PeriodDiscriminator(p, channels) for p in periods]

@@ -1,8 +1,9 @@
 """What the trainings read: audio, F0 and the teacher's hidden states of every corpus row, in memory-mapped shards.
 
-`python -m services.trainer.recipes.nano.features` turns the rows rendered so far into shards; called again, it takes the new ones.
-A shard is a folder of flat arrays and an index: audio (int16, 24 kHz), f0 (float16, 100 Hz, 0 unvoiced), last (float16, Whisper's
-last states averaged to 16.67 Hz), middle (float16, its third layer averaged to 25 Hz). Knows nothing about models.
+`python -m services.trainer.recipes.nano.features` turns the rows rendered so far into shards; called again, it
+takes the new ones. A shard is a folder of flat arrays and an index: audio (int16, 24 kHz), f0 (float16, 100 Hz, 0
+unvoiced), last (float16, Whisper's last states averaged to 16.67 Hz), middle (float16, its third layer averaged to
+25 Hz). Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -50,9 +51,14 @@ class F0Tracker:
     @torch.inference_mode()
     def __call__(self, audio_16k: np.ndarray) -> np.ndarray:
         f0 = self._model.infer(
-            torch.from_numpy(audio_16k)[None, :, None], sr=16_000, decoder_mode="local_argmax", threshold=0.006, f0_min=50, f0_max=650
+            torch.from_numpy(audio_16k)[None, :, None],
+            sr=16_000,
+            decoder_mode="local_argmax",
+            threshold=0.006,
+            f0_min=50,
+            f0_max=650,
         )
-        return f0.ravel().numpy()[: len(audio_16k) // 160]
+        return np.asarray(f0.ravel().numpy()[: len(audio_16k) // 160])
 
 
 class Extractor:

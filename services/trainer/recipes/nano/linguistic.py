@@ -1,8 +1,10 @@
-"""Train the linguistic tokenizer: a small SAN-M encoder taught by Whisper and by the teacher's phonemes, then 1024 centroids.
+"""Train the linguistic tokenizer: a small SAN-M encoder taught by Whisper and by the teacher's phonemes, then 1024
+centroids.
 
-The encoder hears degraded audio and must give what Whisper gives for the clean one, and name the phoneme. After two thirds of the steps
-the centroids are found by k-means, and from then on both heads read the nearest centroid instead of the hidden state (straight through),
-so that what the code keeps is what the heads need. `python -m services.trainer.recipes.nano.linguistic`.
+The encoder hears degraded audio and must give what Whisper gives for the clean one, and name the phoneme. After two
+thirds of the steps the centroids are found by k-means, and from then on both heads read the nearest centroid
+instead of the hidden state (straight through), so that what the code keeps is what the heads need. `python -m
+services.trainer.recipes.nano.linguistic`.
 """
 
 from __future__ import annotations
@@ -49,19 +51,29 @@ GPU = LinguisticRecipe(steps=8000, batch=96)
 class Student(nn.Module):
     """The encoder, its codebook and the two heads that are thrown away after training."""
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.encoder = LinguisticEncoder(CONFIG)
         self.codebook = Codebook(CENTROIDS, CONFIG.output_size)
-        self.to_teacher = nn.Sequential(nn.Conv1d(CONFIG.output_size, 512, 3, padding=1), nn.GELU(), nn.Conv1d(512, 512, 1))
+        self.to_teacher = nn.Sequential(
+            nn.Conv1d(CONFIG.output_size, 512, 3, padding=1), nn.GELU(), nn.Conv1d(512, 512, 1)
+        )
         self.to_phoneme = nn.Linear(CONFIG.output_size, PHONEMES)
         self.register_buffer("shift", torch.zeros(CONFIG.input_size))
         self.register_buffer("scale", torch.ones(CONFIG.input_size))
 
+    def features(self, audio: Tensor) -> Tensor:
+        """16 kHz (B, n) to normalised features (B, T, 560)."""
+        return (linguistic_features(audio) + self.shift) * self.scale
+
     def forward(self, audio: Tensor, target: Tensor, phonemes: Tensor, quantized: bool) -> dict[str, Tensor]:
-        """Audio (B, n) at 16 kHz, teacher (B, T, 512), phonemes (B, T) with -100 where unknown -> losses and accuracy."""
+        """Audio (B, n) at 16 kHz, teacher (B, T, 512), phonemes (B, T) with -100 where unknown -> losses and
+        accuracy."""
         with torch.no_grad():
-            features = (linguistic_features(audio) + self.shift) * self.scale
+            features = self.features(audio)
         frames = min(features.shape[1], target.shape[1])
         hidden = self.encoder(features)[:, :frames].float()
         commitment = hidden.new_zeros(())
@@ -78,11 +90,14 @@ class Student(nn.Module):
 
 
 class Batches:
-    """Random excerpts of the corpus, degraded, with their targets. The teacher's states are normalised per dimension."""
+    """Random excerpts of the corpus, degraded, with their targets. The teacher's states are normalised per
+    dimension."""
 
     def __init__(self, store: Store, recipe: LinguisticRecipe) -> None:
         self.store, self.recipe = store, recipe
-        sample = np.concatenate([store.array(i, "last") for i in range(0, len(store), max(1, len(store) // 200))]).astype(np.float32)
+        sample = np.concatenate(
+            [store.array(i, "last") for i in range(0, len(store), max(1, len(store) // 200))]
+        ).astype(np.float32)
         self.mean, self.std = sample.mean(0), sample.std(0) + 1e-4
 
     def clean(self, i: int) -> np.ndarray:
@@ -99,7 +114,9 @@ class Batches:
             whole, states = self.clean(i), self.store.array(i, "last")
             first = int(rng.integers(max(1, len(states) - frames)))
             piece = whole[round(first * FRAME_S * 16_000) :][:samples]
-            audio[b, : len(piece)] = piece if clean else augment.degrade(piece, rng, lambda: self.clean(int(rng.integers(len(self.store)))))
+            audio[b, : len(piece)] = (
+                piece if clean else augment.degrade(piece, rng, lambda: self.clean(int(rng.integers(len(self.store)))))
+            )
             states = (states[first : first + frames].astype(np.float32) - self.mean) / self.std
             target[b, : len(states)] = states
             named = phoneme_labels(self.store.rows[i], len(whole) / 16_000)[first : first + frames]
@@ -108,7 +125,8 @@ class Batches:
 
 
 def phoneme_labels(row: dict[str, Any], duration_s: float) -> np.ndarray:
-    """The phoneme in the middle of every 60 ms frame, (T,), from the teacher's durations stretched to the audio's length."""
+    """The phoneme in the middle of every 60 ms frame, (T,), from the teacher's durations stretched to the audio's
+    length."""
     ids = np.array([0, *row["phonemes"], 0])
     ends = np.cumsum(row["frames"]) * PHONEME_FRAME_S
     middles = (np.arange(int(duration_s / FRAME_S)) + 0.5) * FRAME_S
@@ -121,8 +139,8 @@ def fit_normalisation(model: Student, batches: Batches) -> None:
     """CMVN over clean and degraded audio: shift is minus the mean, scale one over the deviation."""
     rng = np.random.default_rng(0)
     features = torch.cat([linguistic_features(batches.draw(rng)[0]).flatten(0, 1) for _ in range(12)])
-    model.shift.copy_(-features.mean(0))  # type: ignore[operator]
-    model.scale.copy_(1 / features.std(0).clamp(min=1e-3))  # type: ignore[operator]
+    model.shift.copy_(-features.mean(0))
+    model.scale.copy_(1 / features.std(0).clamp(min=1e-3))
 
 
 @torch.no_grad()
@@ -132,7 +150,7 @@ def fit_codebook(model: Student, batches: Batches, device: torch.device) -> None
     rounds = max(4, 40_000 // (batches.recipe.batch * 60))
     for _ in range(rounds):
         audio = batches.draw(rng)[0].to(device)
-        hidden = model.encoder((linguistic_features(audio) + model.shift) * model.scale)
+        hidden = model.encoder(model.features(audio))
         found.append(hidden.flatten(0, 1))
     model.codebook.fit(torch.cat(found), rounds=20)
 
@@ -149,11 +167,16 @@ def main() -> None:
     torch.manual_seed(2)
     model = Student().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    run = Run("linguistic", {"model": model, "optimizer": optimizer}, arguments.steps or recipe.steps, arguments.minutes)
+    run = Run(
+        "linguistic", {"model": model, "optimizer": optimizer}, arguments.steps or recipe.steps, arguments.minutes
+    )
     batches = Batches(Store(), recipe)
     if run.step == 0:
         fit_normalisation(model, batches)
-    print(f"linguistic: {count_parameters(model.encoder):.2f} M parameters, {batches.store.hours:.2f} h on {device}", flush=True)
+    print(
+        f"linguistic: {count_parameters(model.encoder):.2f} M parameters, {batches.store.hours:.2f} h on {device}",
+        flush=True,
+    )
     threshold = int(run.steps * recipe.quantize_from)
     while run.going:
         if run.step == threshold:

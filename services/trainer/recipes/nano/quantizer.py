@@ -1,4 +1,5 @@
-"""A codebook that follows its data: k-means to start, exponential averages while training, dead codes moved to live data.
+"""A codebook that follows its data: k-means to start, exponential averages while training, dead codes moved to live
+data.
 
 After van den Oord et al., arXiv 1711.00937, and Dhariwal et al., arXiv 2005.00341. Knows nothing about speech.
 """
@@ -64,7 +65,9 @@ class Codebook(nn.Module):
         """Move centroids towards the means of their data; codes that nothing uses restart at random data."""
         counts = torch.zeros_like(self.counts).index_add_(0, codes, torch.ones_like(codes, dtype=torch.float32))
         sums = torch.zeros_like(self.centroids).index_add_(0, codes, data)
-        weight = torch.where(counts > 0, (1 - decay) * counts / (decay * self.counts + (1 - decay) * counts).clamp(min=1e-6), 0.0)
+        weight = torch.where(
+            counts > 0, (1 - decay) * counts / (decay * self.counts + (1 - decay) * counts).clamp(min=1e-6), 0.0
+        )
         self.centroids.lerp_(sums / counts.clamp(min=1)[:, None], weight[:, None])
         self.counts.mul_(decay).add_(counts, alpha=1 - decay)
         dead = self.counts < 0.02 if decay else counts == 0

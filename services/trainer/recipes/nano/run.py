@@ -1,7 +1,8 @@
-"""The frame of every training here: a run folder, exact resume, a schedule, a log line every so many steps, a bound in minutes.
+"""The frame of every training here: a run folder, exact resume, a schedule, a log line every so many steps, a bound
+in minutes.
 
-Knows nothing about models. A run folder holds `state.pt` (parameters, optimizers, step, random states), written whole or not at all,
-and `log.jsonl`.
+Knows nothing about models. A run folder holds `state.pt` (parameters, optimizers, step, random states), written
+whole or not at all, and `log.jsonl`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,9 @@ class Run:
         minutes: stop (and save) after so long, to be continued by the next call.
     """
 
-    def __init__(self, name: str, parts: Mapping[str, Any], steps: int, minutes: float | None = None, save_every: int = 200) -> None:
+    def __init__(
+        self, name: str, parts: Mapping[str, Any], steps: int, minutes: float | None = None, save_every: int = 200
+    ) -> None:
         self.folder = assets.data_dir() / "runs" / name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.parts, self.steps, self.save_every = parts, steps, save_every
@@ -68,7 +70,8 @@ class Run:
         return self.step < self.steps and time.monotonic() < self._until
 
     def rng(self) -> np.random.Generator:
-        """The random numbers of this step: a function of the run's name and the step alone, so a resumed run draws the same."""
+        """The random numbers of this step: a function of the run's name and the step alone, so a resumed run
+        draws the same."""
         return np.random.default_rng((sum(self.folder.name.encode()), self.step))
 
     def done_step(self, losses: Mapping[str, float | torch.Tensor], log_every: int = 50) -> None:

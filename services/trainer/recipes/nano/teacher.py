@@ -1,8 +1,10 @@
-"""The teacher of the small checkpoint: Kokoro-82M (Apache-2.0) with controls, the part a commercial cloning system plays in the paper.
+"""The teacher of the small checkpoint: Kokoro-82M (Apache-2.0) with controls, the part a commercial cloning system
+plays in the paper.
 
-One graph, three additions: frames per phoneme (25 ms each) as an output, so every utterance carries its alignment; and F0 range,
-F0 shift and energy as inputs, so one voice can say one sentence in several manners. A voice is a 256-dim style per phoneme count:
-the first half is timbre, the second prosody; convex mixes of voices are new speakers. Knows nothing about datasets.
+One graph, three additions: frames per phoneme (25 ms each) as an output, so every utterance carries its alignment;
+and F0 range, F0 shift and energy as inputs, so one voice can say one sentence in several manners. A voice is a
+256-dim style per phoneme count: the first half is timbre, the second prosody; convex mixes of voices are new
+speakers. Knows nothing about datasets.
 """
 
 from __future__ import annotations
@@ -71,7 +73,8 @@ MANNERS: dict[str, Manner] = {
 
 @dataclass(frozen=True)
 class Spoken:
-    """A rendering: 24 kHz float32 audio (n,), the phonemes and their frames of 25 ms (the ends included as phoneme 0)."""
+    """A rendering: 24 kHz float32 audio (n,), the phonemes and their frames of 25 ms (the ends included as
+    phoneme 0)."""
 
     audio: np.ndarray
     phoneme_ids: list[int]
@@ -149,7 +152,9 @@ class Teacher:
         """
         ids = [self._vocab[symbol] for symbol in phonemes if symbol in self._vocab]
         if not 0 < len(ids) <= MAX_PHONEMES:
-            raise ValueError(f"{len(ids)} phonemes in {phonemes[:40]!r}: between 1 and {MAX_PHONEMES} can be said at once")
+            raise ValueError(
+                f"{len(ids)} phonemes in {phonemes[:40]!r}: between 1 and {MAX_PHONEMES} can be said at once"
+            )
         style = self.style(voice, len(ids), manner.prosody_of)
         center = self._center(voice, ids, style) if manner.f0_range != 1 or manner.f0_shift != 1 else 180.0
         audio, frames, _ = self._run(ids, style, manner, center)
@@ -159,7 +164,9 @@ class Teacher:
             audio = shift_formants(audio, manner.formant)
         return Spoken(audio, ids, frames)
 
-    def _run(self, ids: list[int], style: np.ndarray, manner: Manner, center: float) -> tuple[np.ndarray, list[int], np.ndarray]:
+    def _run(
+        self, ids: list[int], style: np.ndarray, manner: Manner, center: float
+    ) -> tuple[np.ndarray, list[int], np.ndarray]:
         audio, frames, f0 = self._session.run(
             ["audio", DURATIONS, "f0_teacher"],
             {
@@ -196,7 +203,8 @@ def shift_formants(audio: np.ndarray, factor: float) -> np.ndarray:
 
 
 def whisperise(audio: np.ndarray, seed: int, order: int = 26, hop: int = 120, window: int = 600) -> np.ndarray:
-    """Voice to whisper: noise in place of the glottis through the same vocal tract (linear prediction, order 26). (n,) -> (n,)."""
+    """Voice to whisper: noise in place of the glottis through the same vocal tract (linear prediction, order 26).
+    (n,) -> (n,)."""
     rng = np.random.default_rng(seed)
     taper = np.hanning(window).astype(np.float32)
     padded = np.pad(lfilter([1, -0.9], [1], audio).astype(np.float32), (window, window))
@@ -209,7 +217,7 @@ def whisperise(audio: np.ndarray, seed: int, order: int = 26, hop: int = 120, wi
             out[start : start + window] += lfilter([gain], predictor, noise).astype(np.float32) * taper
     out = lfilter([1], [1, -0.55], out)[window:-window].astype(np.float32)  # a whisper is flatter than a voice
     level = np.sqrt(np.mean(audio**2)) / max(float(np.sqrt(np.mean(out**2))), 1e-6)
-    return np.clip(out * level * 0.5, -0.98, 0.98).astype(np.float32)
+    return np.asarray(np.clip(out * level * 0.5, -0.98, 0.98), np.float32)
 
 
 def _linear_prediction(frame: np.ndarray, order: int) -> tuple[float, np.ndarray]:

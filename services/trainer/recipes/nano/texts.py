@@ -57,7 +57,10 @@ def utterance(sentences: list[Sentence], rng: np.random.Generator, longest_words
     parts = [first.text]
     for _ in range(int(rng.choice(3, p=[0.45, 0.4, 0.15]))):
         extra = sentences[int(rng.integers(len(sentences)))]
-        if extra.held_out == first.held_out and sum(len(p.split()) for p in parts) + len(extra.text.split()) <= longest_words:
+        if (
+            extra.held_out == first.held_out
+            and sum(len(p.split()) for p in parts) + len(extra.text.split()) <= longest_words
+        ):
             parts.append(extra.text)
     joiner = "" if first.language == "zh" else " "
     return Sentence(joiner.join(parts), first.language, first.held_out)

@@ -1,4 +1,5 @@
-"""Train the spectral vocoder: F0 predictor, spectral losses, then an adversary. `python -m services.trainer.recipes.nano.vocoder`.
+"""Train the spectral vocoder: F0 predictor, spectral losses, then an adversary. `python -m
+services.trainer.recipes.nano.vocoder`.
 
 On a GPU the batches are larger and the adversary also folds the waveform by periods; the recipe is the same.
 """
@@ -42,11 +43,14 @@ class VocoderRecipe:
 
 
 CPU = VocoderRecipe(steps=5000, batch=8, frames=40)
-GPU = VocoderRecipe(steps=12_000, batch=48, frames=64, adversary_from=2000, adversary_channels=32, periods=(2, 3, 5, 7, 11))
+GPU = VocoderRecipe(
+    steps=12_000, batch=48, frames=64, adversary_from=2000, adversary_channels=32, periods=(2, 3, 5, 7, 11)
+)
 
 
 def draw(store: Store, recipe: VocoderRecipe, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """A batch of segments: audio with mel context (B, frames * 480 + 1920), F0 in Hz at the mel frames (B, frames)."""
+    """A batch of segments: audio with mel context (B, frames * 480 + 1920), F0 in Hz at the mel frames (B,
+    frames)."""
     length = recipe.frames * HOP + 2 * MEL_EDGE
     audio, pitch = np.zeros((recipe.batch, length), np.float32), np.zeros((recipe.batch, recipe.frames), np.float32)
     for b in range(recipe.batch):
@@ -63,7 +67,8 @@ def draw(store: Store, recipe: VocoderRecipe, rng: np.random.Generator) -> tuple
 
 
 class SpectralLoss(nn.Module):
-    """Log magnitudes and spectral convergence at several resolutions, and log mels at three. (B, n), (B, n) -> two scalars."""
+    """Log magnitudes and spectral convergence at several resolutions, and log mels at three. (B, n), (B, n) ->
+    two scalars."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +84,8 @@ class SpectralLoss(nn.Module):
 
     def _magnitude(self, wave: Tensor, n: int) -> Tensor:
         window = getattr(self, f"window{n}")
-        return torch.stft(wave, n, n // 4, window=window, return_complex=True).abs().clamp(min=2e-3)
+        spectrum: Tensor = torch.stft(wave, n, n // 4, window=window, return_complex=True)
+        return spectrum.abs().clamp(min=2e-3)
 
 
 def f0_loss(model: SpectralVocoder, mel: Tensor, f0: Tensor) -> Tensor:
@@ -91,7 +97,8 @@ def f0_loss(model: SpectralVocoder, mel: Tensor, f0: Tensor) -> Tensor:
     target = torch.exp(-0.5 * (distance / 1.2) ** 2)
     target = target / target.sum(1, keepdim=True)
     entropy = -(target * logits.log_softmax(1)).sum(1)
-    return (entropy * voiced).sum() / voiced.sum().clamp(min=1) + F.binary_cross_entropy_with_logits(voicing, voiced.float())
+    pitch: Tensor = (entropy * voiced).sum() / voiced.sum().clamp(min=1)
+    return pitch + F.binary_cross_entropy_with_logits(voicing, voiced.float())
 
 
 def main() -> None:
@@ -104,15 +111,20 @@ def main() -> None:
     device = pick_device()
     recipe = GPU if device.type == "cuda" else CPU
     torch.manual_seed(1)
-    model, critics, losses = SpectralVocoder(SpectralConfig()).to(device), Discriminators(
-        recipe.adversary_channels, periods=recipe.periods
-    ).to(device), SpectralLoss().to(device)
+    model, critics, losses = (
+        SpectralVocoder(SpectralConfig()).to(device),
+        Discriminators(recipe.adversary_channels, periods=recipe.periods).to(device),
+        SpectralLoss().to(device),
+    )
     ours = torch.optim.AdamW(model.parameters(), recipe.lr, betas=(0.8, 0.99), weight_decay=0.01)
     theirs = torch.optim.AdamW(critics.parameters(), recipe.lr / 2, betas=(0.8, 0.99), weight_decay=0.01)
     parts = {"model": model, "critics": critics, "ours": ours, "theirs": theirs}
     run = Run("vocoder", parts, arguments.steps or recipe.steps, arguments.minutes)
     store = Store()
-    print(f"vocoder: {count_parameters(model):.2f} M parameters, {store.hours:.2f} h of {len(store)} rows on {device}", flush=True)
+    print(
+        f"vocoder: {count_parameters(model):.2f} M parameters, {store.hours:.2f} h of {len(store)} rows on {device}",
+        flush=True,
+    )
     while run.going:
         audio, f0 = (x.to(device) for x in draw(store, recipe, run.rng()))
         for optimizer, lr in ((ours, recipe.lr), (theirs, recipe.lr / 2)):
@@ -148,7 +160,9 @@ def train_step(
         critic.backward()
         torch.nn.utils.clip_grad_norm_(critics.parameters(), 10.0)
         theirs.step()
-        adversarial, matching = generator_loss([(a.detach(), [x.detach() for x in b]) for a, b in judged_real], critics(fake))
+        adversarial, matching = generator_loss(
+            [(a.detach(), [x.detach() for x in b]) for a, b in judged_real], critics(fake)
+        )
         total = total + adversarial + recipe.matching_weight * matching
         report |= {"critic": critic, "adversarial": adversarial, "matching": matching}
     ours.zero_grad()

@@ -1,4 +1,5 @@
-"""Whisper-base's encoder in torch, read from the CTranslate2 file that the packages carry: the teacher of both tokenizers.
+"""Whisper-base's encoder in torch, read from the CTranslate2 file that the packages carry: the teacher of both
+tokenizers.
 
 Knows nothing about datasets. The model: Radford et al., arXiv 2212.04356, MIT.
 """
@@ -82,9 +83,11 @@ class WhisperEncoder:
 
     def _layer(self, x: Tensor, prefix: str) -> Tensor:
         batch, length, _ = x.shape
-        q, k, v = self._linear(self._norm(x, prefix + "self_attention/layer_norm/"), prefix + "self_attention/linear_0").chunk(3, -1)
-        heads = [t.view(batch, length, HEADS, -1).transpose(1, 2) for t in (q, k, v)]
-        attended = F.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(x.shape)
+        q, k, v = self._linear(
+            self._norm(x, prefix + "self_attention/layer_norm/"), prefix + "self_attention/linear_0"
+        ).chunk(3, -1)
+        q, k, v = (t.view(batch, length, HEADS, -1).transpose(1, 2) for t in (q, k, v))
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
         x = x + self._linear(attended, prefix + "self_attention/linear_1")
         y = F.gelu(self._linear(self._norm(x, prefix + "ffn/layer_norm/"), prefix + "ffn/linear_0"))
         return x + self._linear(y, prefix + "ffn/linear_1")

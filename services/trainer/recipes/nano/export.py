@@ -1,0 +1,136 @@
+"""Assemble the small checkpoint in the published layout from the runs. `python -m
+services.trainer.recipes.nano.export models/nano`.
+
+Weights in bfloat16 where a loader converts them, float32 in the ONNX files; a `SHA256SUMS` beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from services.trainer.recipes.nano import flow, linguistic, llm, semantic, speaker, teacher, text_tokenizer
+from services.trainer.recipes.nano.run import Run
+from shared.checkpoints.export import export_semantic_onnx, export_speaker_onnx, save_linguistic
+from shared.checkpoints.layout import DECODER_FOLDER, EDITX_FOLDER, LINGUISTIC_FOLDER, TOKENIZER_FOLDER
+from shared.models.flow import Flow, FlowConfig
+from shared.models.spectral import SpectralConfig, SpectralVocoder
+from shared.models.step1 import Step1
+from shared.prompts import TextTokenizer
+
+VERSION = "0.1.0"
+MEL = {
+    "num_mels": 80,
+    "n_fft": 1920,
+    "hop_size": 480,
+    "win_size": 1920,
+    "sampling_rate": 24000,
+    "fmin": 0,
+    "fmax": 8000,
+}
+TRAINED_ON = {
+    "emotion": sorted(teacher.EMOTIONS),
+    "style": sorted(teacher.STYLES),
+    "speed": sorted(teacher.SPEEDS),
+    "paralinguistic": [],
+    "denoise": True,
+    "vad": True,
+    "languages": ["en", "zh"],
+}
+
+
+def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """bfloat16, contiguous, on the CPU."""
+    return {name: tensor.detach().cpu().to(torch.bfloat16).contiguous() for name, tensor in state.items()}
+
+
+def load(name: str, part: str, module: nn.Module) -> nn.Module:
+    """The module with the weights of a run. Raises SystemExit where the run is missing."""
+    if Run(name, {part: module}, 0).step == 0:
+        raise SystemExit(f"there is no run {name!r}: python -m services.trainer.recipes.nano.{name}")
+    return module.eval()
+
+
+def write_language_model(folder: Path) -> None:
+    tokenizer = text_tokenizer.tokenizer_file()
+    recipe = llm.GPU
+    model = Step1(llm.config(recipe, TextTokenizer.from_file(tokenizer).vocab_size))
+    load("llm", "model", model)
+    (folder / "config.json").write_text(model.config.to_json())
+    save_file(halved(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(tokenizer, folder / "tokenizer.model")
+
+
+def write_decoder(folder: Path) -> None:
+    model = Flow(FlowConfig.from_dict(flow.SECTION))
+    average = torch.optim.swa_utils.AveragedModel(model)
+    load("flow", "average", average)
+    save_file(halved(model.state_dict()), folder / "flow.safetensors")
+    config = SpectralConfig()
+    wave = load("vocoder", "model", SpectralVocoder(config))
+    save_file(halved(wave.state_dict()), folder / "hift.safetensors")
+    section = {
+        "in_channels": config.in_channels,
+        "hidden": config.hidden,
+        "blocks": config.blocks,
+        "fine_blocks": config.fine_blocks,
+    }
+    document = {"mel_conf": MEL, "flow": flow.SECTION, "spectral": section}
+    (folder / "cosyvoice.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    pupil = speaker.Pupil(512)
+    load("speaker", "model", pupil)
+    export_speaker_onnx(pupil.encoder.eval(), folder / "campplus.onnx")
+
+
+def write_tokenizers(folder: Path) -> None:
+    student = linguistic.Student()
+    load("linguistic", "model", student)
+    cmvn = torch.stack([student.shift, student.scale])
+    save_linguistic(
+        student.encoder,
+        cmvn,
+        student.codebook.centroids,
+        folder / LINGUISTIC_FOLDER,
+        folder / "linguistic_tokenizer.npy",
+    )
+    autoencoder = semantic.Autoencoder(linguistic.CONFIG.output_size)
+    load("semantic", "model", autoencoder)
+    encoder = autoencoder.encoder
+    encoder.codebook.copy_(autoencoder.codebook.centroids)
+    export_semantic_onnx(encoder.eval(), folder / "speech_tokenizer_v1.onnx")
+
+
+def write_sums(root: Path) -> None:
+    """SHA256SUMS of every other file, in the format of sha256sum."""
+    files = sorted(f for f in root.rglob("*") if f.is_file() and f.name != "SHA256SUMS")
+    lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.relative_to(root).as_posix()}" for f in files]
+    (root / "SHA256SUMS").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("target", type=Path)
+    root: Path = parser.parse_args().target
+    decoder, tokenizer = root / EDITX_FOLDER / DECODER_FOLDER, root / TOKENIZER_FOLDER
+    for folder in (decoder, tokenizer):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_language_model(root / EDITX_FOLDER)
+    write_decoder(decoder)
+    write_tokenizers(tokenizer)
+    (root / "editx.json").write_text(
+        json.dumps({"name": "nano", "version": VERSION, "trained_on": TRAINED_ON}, indent=2) + "\n"
+    )
+    write_sums(root)
+    print(f"{root}: {sum(f.stat().st_size for f in root.rglob('*') if f.is_file()) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

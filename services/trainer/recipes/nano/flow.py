@@ -1,0 +1,149 @@
+"""Train the flow: codes, a piece of reference mel and a speaker vector to a mel. `python -m
+services.trainer.recipes.nano.flow`.
+
+The encoder's rough mel is trained by regression beside the flow matching (as in Grad-TTS, arXiv 2105.06337), which
+at this size is what makes it converge in hours of CPU; the code embeddings start from the tokenizers' own
+centroids. Needs `codes`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from services.trainer.recipes.nano import linguistic, semantic
+from services.trainer.recipes.nano.codes import Coded
+from services.trainer.recipes.nano.run import Run, cosine, count_parameters, pick_device, set_lr
+from shared.audio.features import prompt_mel
+from shared.codes import interleave, time_align
+from shared.models.flow import Flow, FlowConfig
+from shared.models.flow.cfm import FlowTraining
+
+SECTION: dict[str, Any] = {
+    "input_size": 256,
+    "output_size": 80,
+    "spk_embed_dim": 192,
+    "vocab_size": 5121,
+    "encoder": {
+        "input_size": 256, "output_size": 256, "pre_lookahead_len": 3, "num_blocks": 3, "num_up_blocks": 2,
+        "up_stride": 2, "up_scale_factor": 2, "attention_heads": 4, "key_bias": True, "linear_units": 768,
+        "normalize_before": True, "dropout_rate": 0.05,
+    },
+    "decoder": {
+        "inference_cfg_rate": 0.7,
+        "estimator": {
+            "in_channels": 320, "out_channels": 80, "mlp_ratio": 3.0, "depth": 6, "num_heads": 4, "head_dim": 56,
+            "hidden_size": 224,
+        },
+    },
+}  # fmt: skip
+"""The `flow` section of the small checkpoint's cosyvoice.yaml."""
+
+
+@dataclass(frozen=True)
+class FlowRecipe:
+    steps: int
+    batch: int
+    groups: int = 32
+    """Length of a training excerpt in groups of 120 ms."""
+    lr: float = 1e-3
+    final_lr: float = 5e-5
+    average: float = 0.998
+    """Of the exponential average of the weights, which is what the checkpoint gets."""
+
+
+CPU = FlowRecipe(steps=4000, batch=12)
+GPU = FlowRecipe(steps=16_000, batch=96, groups=40, average=0.9995)
+DIALS = FlowTraining(prompt_rate=0.7, prompt_max_share=0.5, prior_weight=1.0)
+
+
+def start_embedding(flow: Flow) -> None:
+    """Copy the centroids, projected onto their principal directions and scaled, into the code table."""
+    student, autoencoder = linguistic.Student(), semantic.Autoencoder(linguistic.CONFIG.output_size)
+    Run("linguistic", {"model": student}, 0)
+    Run("semantic", {"model": autoencoder}, 0)
+    table = flow.input_embedding.embedding.weight
+    with torch.no_grad():
+        for centroids, first in ((student.codebook.centroids, 0), (autoencoder.codebook.centroids, 1025)):
+            centred = centroids - centroids.mean(0)
+            directions = torch.linalg.svd(centred, full_matrices=False).Vh[: table.shape[1]]
+            projected = centred @ directions.T
+            table[first : first + len(centroids)] *= 0.1
+            table[first : first + len(centroids), : projected.shape[1]] += projected / projected.std()
+
+
+class Batches:
+    """Excerpts on the grid of groups: token pairs, mel, speaker vector."""
+
+    def __init__(self, coded: Coded, recipe: FlowRecipe) -> None:
+        self.coded, self.recipe = coded, recipe
+        self._mels: dict[int, np.ndarray] = {}
+
+    def mel(self, i: int) -> np.ndarray:
+        """(frames, 80) of store row i, kept in float16."""
+        if i not in self._mels:
+            self._mels[i] = prompt_mel(torch.from_numpy(self.coded.store.audio(i))).numpy().astype(np.float16)
+        return self._mels[i]
+
+    def draw(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Pairs (B, 3G, 2), their lengths, mel (B, 6G, 80), its lengths, speaker (B, 192)."""
+        recipe = self.recipe
+        pairs = torch.zeros(recipe.batch, 3 * recipe.groups, 2, dtype=torch.long)
+        mels = torch.zeros(recipe.batch, 6 * recipe.groups, 80)
+        lengths, mel_lengths, speakers = [], [], []
+        for b in range(recipe.batch):
+            item = self.coded.items[int(rng.integers(len(self.coded)))]
+            aligned = time_align(torch.from_numpy(interleave(*item["clean"]).astype(np.int64)))
+            mel = self.mel(item["i"])
+            groups = min(len(aligned) // 3, len(mel) // 6)
+            first = int(rng.integers(max(1, groups - recipe.groups + 1)))
+            taken = min(groups - first, recipe.groups)
+            pairs[b, : 3 * taken] = aligned[3 * first : 3 * (first + taken)]
+            mels[b, : 6 * taken] = torch.from_numpy(mel[6 * first : 6 * (first + taken)].astype(np.float32))
+            lengths.append(3 * taken)
+            mel_lengths.append(6 * taken)
+            speakers.append(item["speaker"])
+        return pairs, torch.tensor(lengths), mels, torch.tensor(mel_lengths), torch.from_numpy(np.stack(speakers))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = pick_device()
+    recipe = GPU if device.type == "cuda" else CPU
+    torch.manual_seed(5)
+    flow = Flow(FlowConfig.from_dict(SECTION))
+    start_embedding(flow)
+    flow.to(device)
+    average = torch.optim.swa_utils.AveragedModel(
+        flow, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.average)
+    )
+    optimizer = torch.optim.AdamW(flow.parameters(), recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    parts = {"model": flow, "average": average, "optimizer": optimizer}
+    run = Run("flow", parts, arguments.steps or recipe.steps, arguments.minutes)
+    batches = Batches(Coded(), recipe)
+    print(f"flow: {count_parameters(flow):.2f} M parameters, {len(batches.coded)} rows on {device}", flush=True)
+    while run.going:
+        pairs, lengths, mel, mel_lengths, speaker = (x.to(device) for x in batches.draw(run.rng()))
+        set_lr(optimizer, cosine(run.step, run.steps, recipe.lr, recipe.final_lr, warmup=200))
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = flow.loss(pairs, lengths, mel, mel_lengths, speaker, dials=DIALS)
+        optimizer.zero_grad()
+        loss.total.backward()
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), 2.0)
+        optimizer.step()
+        average.update_parameters(flow)
+        run.done_step({"cfm": loss.cfm.detach(), "prior": loss.prior.detach()})
+
+
+if __name__ == "__main__":
+    main()
