@@ -137,8 +137,8 @@ def test_batches_hold_requests_of_one_kind_and_similar_size_within_the_limit() -
 
 
 def test_lower_precision_stays_near_float32(model: DecoderModel, asked: InferenceRequest) -> None:
-    """Measured on random weights: the waveform's error is 22 dB below the signal, with HiFT's noise held equal."""
+    """Measured on random weights: the waveform's error is 40 dB below the signal; HiFT's noise is the same."""
     half = DecoderModel(module.Checkpoint.resolve(GOLDEN), settings=DecoderSettings(dtype="bfloat16"))
     assert half.flow.encoder_proj.weight.dtype == torch.bfloat16
     wanted, found = (audio(one.infer([asked])[0]) for one in (model, half))
-    assert 10 * np.log10(wanted.var() / (wanted - found).var()) > 12
+    assert 10 * np.log10(wanted.var() / (wanted - found).var()) > 30

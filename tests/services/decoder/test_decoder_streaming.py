@@ -35,13 +35,13 @@ def signal_to_noise_db(wanted: np.ndarray, found: np.ndarray) -> float:
 
 
 def test_a_stream_is_as_long_as_one_pass_and_near_it(model: DecoderModel, asked: InferenceRequest) -> None:
-    """Measured on random weights: 9 dB; the mel differs since no chunk sees the future, the vocoder adds nothing."""
+    """Measured on random weights: 17 dB. The mel differs since no chunk sees the future; the vocoder adds nothing."""
     request = long_request(asked)
     pieces = sound(model, request)
     wanted = model.infer([request])[0]["audio"]
     found = np.concatenate(pieces)
     assert found.shape == wanted.shape
-    assert signal_to_noise_db(wanted, found) > 4
+    assert signal_to_noise_db(wanted, found) > 12
 
 
 def test_the_first_audio_comes_after_thirty_tokens_and_lasts_440_ms(

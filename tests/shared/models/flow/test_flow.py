@@ -70,9 +70,9 @@ def test_four_steps_stay_near_ten(flow: Flow, golden: dict[str, Tensor]) -> None
 
 
 def test_bfloat16_stays_near_float32(flow: Flow, golden: dict[str, Tensor]) -> None:
-    """Measured: mean error 0.009, of a mel whose standard deviation is 1.5 (guidance and steps stay in float32)."""
+    """Measured: mean error 0.008, of a mel whose standard deviation is 1.5 (guidance and steps stay in float32)."""
     half = copy.deepcopy(flow).to(torch.bfloat16)
-    assert (sample(half, golden) - golden["mel"]).abs().mean() < 0.03
+    assert (sample(half, golden) - golden["mel"]).abs().mean() < 0.02
 
 
 def test_an_unsupported_structure_is_refused_by_name(config: dict[str, Any]) -> None:

@@ -1,0 +1,216 @@
+"""How fast the decoder is: the flow by batch, steps and precision, the vocoders, and the first audio of a stream.
+
+Random weights at the official sizes, no checkpoint needed:
+
+    python -m benchmarks.decoder                                     # CPU, 2.4 s of reference and 2.4 s of result
+    python -m benchmarks.decoder --device cuda --seconds 10 --clock wall
+
+The baseline is one job at a time in float32 with its convolutions as convolutions, the way of the published code. On a
+machine that others use, `--clock cpu --threads 1` counts the processor's time instead of the wall's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared.models.bigvgan import BigVGAN, BigVGANConfig
+from shared.models.flow import Flow, FlowConfig, FlowStream, flow_noise
+from shared.models.flow.dit import CausalConv
+from shared.models.hift import HiFT, HiFTConfig
+from shared.models.spectral import SpectralConfig, SpectralVocoder
+from shared.models.vocoder_stream import VocoderStream
+
+TOKENS_PER_S, FRAMES_PER_S = 25, 50
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; `error` is the mean difference of the mel to float32, in its standard deviations."""
+
+    what: str
+    batch: int
+    steps: int
+    seconds: float
+    audio_s: float
+    error: float | None = None
+
+    @property
+    def rtf(self) -> float:
+        return self.seconds / (self.batch * self.audio_s)
+
+    def line(self, baseline_rtf: float | None) -> str:
+        faster = f"{baseline_rtf / self.rtf:8.1f}x" if baseline_rtf else " " * 9
+        error = "" if self.error is None else f"{self.error:10.4f}"
+        return (
+            f"{self.what:32} {self.batch:5} {self.steps or '':>5} {self.seconds:9.2f} {self.rtf:8.3f} {faster} {error}"
+        )
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """A batch of equal jobs."""
+
+    tokens: Tensor
+    prompt_mel: Tensor
+    speaker: Tensor
+    noise: Tensor
+
+    @classmethod
+    def make(cls, reference_s: float, seconds: float, batch: int, device: str) -> Jobs:
+        tokens, prompt = round((reference_s + seconds) * TOKENS_PER_S), round(reference_s * FRAMES_PER_S)
+        generator = torch.Generator().manual_seed(0)
+        return cls(
+            torch.randint(0, 5121, (batch, tokens, 2), generator=generator).to(device),
+            torch.randn(batch, prompt, 80, generator=generator).to(device),
+            torch.randn(batch, 192, generator=generator).to(device),
+            torch.stack([flow_noise(seed, 2 * tokens) for seed in range(batch)]).to(device),
+        )
+
+    def run(self, flow: Flow, steps: int) -> Tensor:
+        batch, tokens = self.tokens.shape[:2]
+        lengths = torch.full((batch,), tokens, device=self.tokens.device)
+        prompts = torch.full((batch,), self.prompt_mel.shape[1], device=self.tokens.device)
+        return flow.sample(self.tokens, lengths, self.prompt_mel, prompts, self.speaker, self.noise, steps=steps)
+
+
+def build_flow(device: str) -> Flow:
+    """The official sizes; what training starts at zero is random too, so that every layer matters."""
+    torch.manual_seed(0)
+    flow = Flow(FlowConfig()).eval().to(device)
+    for parameter in flow.parameters():
+        parameter.requires_grad_(False)
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return flow
+
+
+@contextmanager
+def published_convolutions() -> Iterator[None]:
+    """Causal convolutions as convolutions over swapped axes."""
+
+    def forward(self: CausalConv, x: Tensor, history: Tensor | None = None) -> Tensor:
+        past = self.kernel_size[0] - 1
+        x = F.pad(x, (0, 0, past, 0)) if history is None else torch.cat([history, x], dim=1)
+        return F.conv1d(x.transpose(1, 2), self.weight, self.bias).transpose(1, 2)
+
+    ours = CausalConv.forward
+    CausalConv.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        CausalConv.forward = ours  # type: ignore[method-assign]
+
+
+def seconds_of(work: Callable[[], Tensor], runs: int, clock: Callable[[], float], device: str) -> tuple[float, Tensor]:
+    """Least seconds of `runs` calls, and the last result."""
+    times, result = [], torch.empty(0)
+    for _ in range(runs):
+        began = clock()
+        result = work()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        times.append(clock() - began)
+    return min(times), result
+
+
+def flow_rows(options: argparse.Namespace, clock: Callable[[], float]) -> Iterator[Row]:
+    """The baseline first."""
+    device, seconds = options.device, options.seconds
+    flow = build_flow(device)
+    single = Jobs.make(options.reference, seconds, 1, device)
+    single.run(flow, 1)
+    with published_convolutions():
+        took, _ = seconds_of(partial(single.run, flow, 10), options.runs, clock, device)
+    yield Row("flow float32, as published", 1, 10, took, seconds)
+    exact: dict[tuple[int, int], Tensor] = {}
+    for name, model in (("float32", flow), ("bfloat16", copy.deepcopy(flow).to(torch.bfloat16))):
+        single.run(model, 1)
+        for steps in options.steps:
+            for batch in options.batches:
+                jobs = Jobs.make(options.reference, seconds, batch, device)
+                took, mel = seconds_of(partial(jobs.run, model, steps), options.runs, clock, device)
+                wanted = exact.setdefault((batch, steps), mel)
+                error = None if wanted is mel else float((mel - wanted).abs().mean() / wanted.std())
+                yield Row(f"flow {name}", batch, steps, took, seconds, error)
+
+
+def vocoder_rows(options: argparse.Namespace, clock: Callable[[], float]) -> Iterator[Row]:
+    """HiFT, BigVGAN and the spectral vocoder at batches of 1 and 4."""
+    torch.manual_seed(0)
+    device = options.device
+    hift, bigvgan = HiFT(HiFTConfig()).eval().to(device), BigVGAN(BigVGANConfig()).eval().to(device)
+    entries: dict[str, nn.Module] = {
+        "HiFT float32": hift,
+        "HiFT bfloat16": copy.deepcopy(hift).lower_precision(torch.bfloat16),
+        "BigVGAN float32": bigvgan,
+        "BigVGAN bfloat16": copy.deepcopy(bigvgan).lower_precision(torch.bfloat16),
+        "spectral float32": SpectralVocoder(SpectralConfig()).eval().to(device),
+    }
+    for name, model in entries.items():
+        for batch in (1, 4):
+            mel = torch.randn(batch, 80, round(options.seconds * FRAMES_PER_S), device=device)
+            with torch.inference_mode():
+                model(mel[..., :12])
+                took, _ = seconds_of(partial(model, mel), options.runs, clock, device)
+            yield Row(name, batch, 0, took, options.seconds)
+
+
+def stream_rows(options: argparse.Namespace, clock: Callable[[], float]) -> Iterator[Row]:
+    """From the 30th audio token to the first 0.44 s of sound: the reference, the first chunk, HiFT."""
+    flow, hift = build_flow(options.device), HiFT(HiFTConfig()).eval().to(options.device)
+    jobs = Jobs.make(options.reference, 0.72, 1, options.device)
+    for name, model in (("float32", flow), ("bfloat16", copy.deepcopy(flow).to(torch.bfloat16))):
+        for steps in options.steps:
+            work = partial(first_audio, model, hift, jobs, steps)
+            took, sound = seconds_of(work, options.runs, clock, options.device)
+            yield Row(f"first audio of a stream, {name}", 1, steps, took, len(sound) / 24000)
+
+
+def first_audio(flow: Flow, hift: HiFT, jobs: Jobs, steps: int) -> Tensor:
+    """Open a stream and make its first chunk."""
+    mel, tokens = jobs.prompt_mel[0], jobs.tokens[0]
+    reference = len(mel) // flow.frames_per_token
+    stream = FlowStream(flow, tokens[: reference + flow.lookahead], mel, jobs.speaker[0], steps=steps)
+    return VocoderStream(hift).push(stream.push(tokens[reference:]).T)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--reference", type=float, default=2.4, help="Seconds of the reference.")
+    parser.add_argument("--seconds", type=float, default=2.4, help="Seconds of the result.")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8])
+    parser.add_argument("--steps", nargs="+", type=int, default=[10, 4])
+    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", default="wall", choices=list(CLOCKS))
+    parser.add_argument(
+        "--parts", nargs="+", default=["flow", "vocoder", "stream"], choices=["flow", "vocoder", "stream"]
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    timed = f"{options.threads} threads, {options.clock} time, torch {torch.__version__}"
+    print(f"{options.device}, {timed}, {options.reference} s of reference, {options.seconds} s of result")
+    print(f"{'what':32} {'batch':>5} {'steps':>5} {'seconds':>9} {'RTF':>8} {'speed':>9} {'mel error':>10}")
+    tables = {"flow": flow_rows, "vocoder": vocoder_rows, "stream": stream_rows}
+    for part in options.parts:
+        baseline: float | None = None
+        for row in tables[part](options, CLOCKS[options.clock]):
+            baseline = baseline or (row.rtf if part == "flow" else None)
+            print(row.line(baseline), flush=True)
+
+
+if __name__ == "__main__":
+    main()
