@@ -6,6 +6,7 @@ Knows nothing about what the words mean, or whether a recording says them.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection
@@ -28,15 +29,20 @@ SCRIPTS: dict[str, tuple[str, frozenset[str]]] = {
 """First word of a letter's Unicode name to what people call the script, and languages that are written in it."""
 
 SHARE = 0.5
+_LISTED = frozenset[str]().union(*(languages for _, languages in SCRIPTS.values()))
+_TAG = re.compile(r"\[[^\]]*\]")
 
 
 def check_language(text: str, languages: Collection[str], checkpoint: str) -> None:
-    """Raise UserError if most letters of `text` are of a script in which none of the checkpoint's languages is written.
+    """Raise UserError if most letters of `text` are of a script in which none of the checkpoint's languages is
+    written.
 
-    `languages` are codes such as "en" and "zh"; an empty collection (the checkpoint does not say) allows everything.
+    `languages` are codes such as "en" and "zh". Where none are given, or one that is not listed here, everything is
+    allowed; [tags] in the text do not count.
     """
-    letters = [character for character in text if character.isalpha()]
-    if not letters or not languages:
+    spoken = _TAG.sub("", text)
+    letters = [character for character in spoken if character.isalpha()]
+    if not letters or not languages or set(languages) - _LISTED:
         return
     script, count = Counter(unicodedata.name(letter, "UNKNOWN").split()[0] for letter in letters).most_common(1)[0]
     known = SCRIPTS.get(script)

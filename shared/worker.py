@@ -163,7 +163,11 @@ class Worker:
                 self._settle()
                 self._watch()
                 self._start()
-                self._fetch()
+                try:
+                    self._fetch()
+                except TransientError as error:
+                    log.warning("no messages for now: %s", error)
+                    self._ended.wait(self._settings.watch_s)
                 self._tell_alive()
         finally:
             for task in self._tasks:

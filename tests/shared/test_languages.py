@@ -33,6 +33,8 @@ def test_a_text_in_an_unknown_script_is_refused_with_the_known_languages(text: s
         ("123, 456!", ["en"]),
         ("", ["en"]),
         ("Привет", []),
+        ("Привет", ["en", "xx"]),
+        ("[Japanese] はい", ["ja"]),
     ],
 )
 def test_a_text_in_a_known_script_is_taken(text: str, languages: list[str]) -> None:

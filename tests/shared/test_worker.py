@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from shared.bus.memory import MemoryBus
-from shared.bus.port import BusUnavailable, Headers
+from shared.bus.port import BusUnavailable, Delivery, Headers, Subscription
 from shared.errors import PermanentError, TransientError, UserError
 from shared.jobs import machine
 from shared.jobs.memory import MemoryJobStore
@@ -449,6 +449,30 @@ def test_a_bus_that_is_away_for_a_while_delays_the_job_and_loses_nothing(world: 
         world.work(FakeHandler(kind))
     assert world.wait_end(job).state == JobState.DONE
     assert handler.runs == [job.id]
+
+
+def test_a_worker_outlasts_a_broker_that_gives_no_messages_for_a_while(world: World) -> None:
+    class SilentReader:
+        """A subscription whose first polls fail."""
+
+        def __init__(self, inner: Subscription) -> None:
+            self._inner = inner
+            self._failures = 2
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._inner, name)
+
+        def poll(self, timeout_s: float, max_records: int = 1) -> list[Delivery]:
+            if self._failures:
+                self._failures -= 1
+                raise BusUnavailable("The broker is away.")
+            return self._inner.poll(timeout_s, max_records)
+
+    real = world.bus.subscribe
+    world.bus.subscribe = lambda *args, **kwargs: SilentReader(real(*args, **kwargs))  # type: ignore
+    job = world.submit()
+    world.work(FakeHandler())
+    world.wait(job, at_step(1))
 
 
 def test_the_sweeper_publishes_a_job_whose_message_was_never_sent(world: World) -> None:
