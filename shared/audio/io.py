@@ -1,7 +1,8 @@
 """Recordings in and out: bytes, files and streams to mono samples and back, with limits that hold before decoding.
 
 Reads WAV, FLAC, MP3, OGG Vorbis, Opus and AIFF at any rate and channel count that the limits allow. Whatever is wrong
-with a recording is a UserError that says what, where and what to do. Knows nothing about models or features; imports no torch.
+with a recording is a UserError that says what, where and what to do. Knows nothing about models or features and imports
+no torch.
 """
 
 import contextlib

@@ -63,8 +63,7 @@ class LinguisticTokenizer:
             samples = through_pcm16(pad_sequence([rows[index] for index in group], batch_first=True))
             counts = linguistic_frames(lengths)
             features = linguistic_features(samples.to(self.cmvn.device), lengths, self.cmvn)
-            weight = self.encoder.after_norm.weight
-            hidden = self.encoder(features.to(weight.dtype), counts.to(weight.device)).float()
+            hidden = self.encoder(features, counts.to(features.device)).float()
             found = nearest(hidden, self.centroids).to(torch.int32).cpu().numpy()
             for row, index, count in zip(found, group, counts.tolist(), strict=True):
                 codes[index] = row[:count]

@@ -177,7 +177,8 @@ class LinguisticEncoder(nn.Module):
     def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Features (B, T, input) with lengths (B,) in frames -> hidden states (B, T, D), zero past each length.
 
-        Differentiable; every length gives the numbers that the utterance gives alone.
+        Differentiable; every length gives the numbers that the utterance gives alone. Features stay float32 for weights
+        of lower precision.
         """
         batch, frames, _ = features.shape
         if frames == 0:
@@ -185,7 +186,7 @@ class LinguisticEncoder(nn.Module):
         if lengths is None:
             lengths = torch.full((batch,), frames, device=features.device)
         x = features * math.sqrt(self.config.output_size) + positions(frames, features.shape[-1]).to(features)
-        windows, layout = self._windows(x, lengths)
+        windows, layout = self._windows(x.to(self.after_norm.weight.dtype), lengths)
         for block in (*self.encoders0, *self.encoders):
             windows = block(windows, layout)
         hidden = self.after_norm(windows[:, :, self.config.overlap :])  # a chunk answers for its own frames only

@@ -56,7 +56,7 @@ def audio() -> dict[str, torch.Tensor]:
 
 
 def test_linguistic_codes_are_the_official_ones_one_by_one_and_in_a_batch(checkpoint, audio):
-    tokenizer = load_linguistic(checkpoint, dtype=torch.float32)
+    tokenizer = load_linguistic(checkpoint)
     rows = [audio[f"{clip}.audio_16k"] for clip in CLIPS]
     together = tokenizer.encode([*rows, torch.zeros(500)])
     for row, found, clip in zip(rows, together, CLIPS, strict=False):
@@ -65,6 +65,13 @@ def test_linguistic_codes_are_the_official_ones_one_by_one_and_in_a_batch(checkp
         assert np.array_equal(found, tokenizer.encode([row])[0])
         assert (found == expected).mean() > 0.98
     assert len(together[2]) == 0
+
+
+def test_lower_precision_keeps_most_codes(checkpoint, audio):
+    row = audio[f"{CLIPS[0]}.audio_16k"]
+    exact = load_linguistic(checkpoint).encode([row])[0]
+    rounded = load_linguistic(checkpoint, dtype=torch.bfloat16).encode([row])[0]
+    assert (exact == rounded).mean() > 0.7
 
 
 def test_semantic_codes_come_at_25_hz_and_a_batch_equals_its_rows(checkpoint, audio):
