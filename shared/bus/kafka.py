@@ -204,6 +204,7 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]
             raise _unavailable(servers, error) from error
 
     def poll(self, timeout_s: float, max_records: int = 1) -> list[Delivery]:
+        self._free_parked_records()
         try:
             batches = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
         except (KafkaError, OSError) as error:
@@ -260,6 +261,16 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]
     def on_partitions_lost(self, lost: Collection[TopicPartition]) -> None:
         """Called instead of the above when the membership itself was lost."""
         self.on_partitions_revoked(lost)
+
+    def _free_parked_records(self) -> None:
+        """Let the client hand out what it fetched for a partition that was paused and is resumed.
+
+        kafka-python 3.0.12 parks such records and takes them back only while its current batch is None, but a batch
+        that is used up stays in place while other partitions are idle: the records would never come.
+        """
+        fetcher = self._consumer._fetcher
+        if fetcher._next_partition_records is not None and not fetcher._next_partition_records:
+            fetcher._next_partition_records = None
 
     def _each(self, change: Any, partitions: Collection[Partition]) -> None:
         wanted = [_kafka(partition) for partition in partitions if partition in self._assigned]

@@ -7,7 +7,7 @@ import pytest
 
 from shared.bus.port import Bus, CommitRefused, Delivery, Partition, Subscription
 
-PATIENCE_S = 20.0
+PATIENCE_S = 45.0
 
 
 @pytest.fixture
