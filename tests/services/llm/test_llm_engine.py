@@ -73,6 +73,23 @@ def test_a_sequence_is_the_same_alone_in_a_batch_and_after_prefix_reuse(
     assert len({tuple(mixed) for mixed in alone}) == len(lengths)
 
 
+def test_neighbours_that_come_late_or_are_cancelled_change_nothing(tiny: Step1, make_engine: MakeEngine) -> None:
+    expected = make_engine(tiny, prefix_cache_tokens=0).submit(ask(0, 270, **NEVER_END)).result().mixed
+    engine = make_engine(tiny, slots=3, prefix_cache_tokens=0, stream_groups=1)
+    watched = ask(0, 270, **NEVER_END)
+    watched.streams = True
+    neighbours = [engine.submit(ask(seed, 30 * seed, min_groups=90, max_groups=90)) for seed in range(1, 4)]
+    pieces = []
+    for number, piece in enumerate(engine.submit(watched).pieces()):
+        pieces.append(piece)
+        if number % 4 == 2:
+            neighbours.pop().cancel()
+            neighbours.insert(0, engine.submit(ask(20 + number, 10 + number, min_groups=90, max_groups=90)))
+        if number == 0:
+            neighbours.pop().cancel()
+    np.testing.assert_array_equal(np.concatenate(pieces[:-1]), expected)
+
+
 def test_logits_are_bit_equal_in_batches_of_every_size(variants: dict[str, Step1]) -> None:
     for model in variants.values():
         choices = torch.arange(AUDIO_OFFSET - 1, AUDIO_OFFSET + 5120)

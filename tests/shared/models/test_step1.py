@@ -104,6 +104,7 @@ def test_packed_documents_give_what_each_gives_alone_and_the_same_gradients(mode
     torch.testing.assert_close(gradient([together]), gradient(alone), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_sees_the_same_bias_and_documents(model: Step1, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step1_attention, "_compiled_flex", lambda: (flex_attention, create_block_mask))
     ids = torch.randint(0, 512, (2, 128), generator=torch.Generator().manual_seed(3))
