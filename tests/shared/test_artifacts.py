@@ -43,7 +43,7 @@ def test_another_kind_or_a_later_version_is_not_read():
     with pytest.raises(PoisonError, match="found tokenized"):
         Generated.from_bytes(TOKENIZED.to_bytes())
     with pytest.raises(PoisonError, match="version 9"):
-        Tokenized.from_bytes(TOKENIZED.to_bytes().replace(rb'\"version\": 1', rb'\"version\": 9'))
+        Tokenized.from_bytes(TOKENIZED.to_bytes().replace(rb"\"version\": 1", rb"\"version\": 9"))
 
 
 def test_wrong_shapes_and_absent_parts_are_named():
