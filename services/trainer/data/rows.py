@@ -1,4 +1,4 @@
-"""One row of a training set: an edit (or clone), the audio it starts from, and the answer; for preferences also a worse one.
+"""One row of a training set: an edit (or clone), the audio it starts from, the answer; a preference has a worse one.
 
 Audio tokens travel inline as base64 of little-endian uint16, so that a set of codes is one file. A row says where it
 comes from and under which licence. Knows nothing about files of rows.
@@ -67,7 +67,7 @@ class Side(BaseModel):
 
 
 class Row(BaseModel):
-    """One example. `edit.type` "clone" is zero-shot speech: the source is the reference and `edit.target_text` is said."""
+    """One example. A clone (zero-shot speech) has the reference as source and says `edit.target_text`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
