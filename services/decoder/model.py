@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ class _Job:
     steps: int
     cfg_rate: float
     seed: int
+    request: InferenceRequest
 
 
 class DecoderModel:
@@ -137,6 +139,7 @@ class DecoderModel:
             int(_number(request, "steps", 10, 1, MAX_STEPS)),
             _number(request, "cfg", self.flow.config.cfg_rate, 0, MAX_CFG),
             int(_number(request, "seed", 0, 0, MAX_SEED)),
+            request,
         )
 
     def _frames(self, job: _Job) -> int:
@@ -170,6 +173,7 @@ class DecoderModel:
                 pad_sequence([flow_noise(job.seed, self._frames(job)) for job in jobs], batch_first=True).to(device),
                 steps=jobs[0].steps,
                 cfg_rate=jobs[0].cfg_rate,
+                before_step=partial(_refuse_all, [job.request for job in jobs]),
             )
         counts = lengths * rate - prompts
         made = [mel[start : start + count] for mel, start, count in zip(mels, prompts, counts, strict=True)]
@@ -225,6 +229,17 @@ def _refuse(request: InferenceRequest) -> None:
         raise RequestCancelled("The request was cancelled.")
     if request.deadline is not None and time.monotonic() > request.deadline:
         raise DeadlineExceeded("The deadline passed before the decoder was done.")
+
+
+def _refuse_all(requests: Sequence[InferenceRequest]) -> None:
+    """Raise as `_refuse` does where that is true of every request: one that is still wanted keeps a batch going."""
+    for request in requests:
+        try:
+            _refuse(request)
+        except (RequestCancelled, DeadlineExceeded):
+            continue
+        return
+    _refuse(requests[0])
 
 
 def _input(name: str, request: InferenceRequest, kinds: str) -> npt.NDArray[Any]:

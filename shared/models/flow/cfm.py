@@ -4,7 +4,9 @@ Knows the estimator and nothing about tokens, speakers or audio. (Flow matching:
 arXiv 2207.12598.)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -61,6 +63,10 @@ def masked_error(predicted: Tensor, wanted: Tensor, mask: Tensor, norm: str) -> 
     return error.sum() / (mask.sum() * predicted.shape[-1]).clamp(min=1)
 
 
+def _doubled(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else torch.cat([mask, mask])
+
+
 class CFM(nn.Module):
     """The estimator with an Euler solver and classifier-free guidance."""
 
@@ -70,11 +76,26 @@ class CFM(nn.Module):
         self.cfg_rate = cfg_rate
 
     def forward(
-        self, noise: Tensor, conditions: Conditions, mask: Tensor | None, steps: int, cfg_rate: float | None = None
+        self,
+        noise: Tensor,
+        conditions: Conditions,
+        mask: Tensor | None,
+        steps: int,
+        cfg_rate: float | None = None,
+        before_step: Callable[[], None] | None = None,
     ) -> Tensor:
-        """Solve from noise (B, T, 80) to a mel (B, T, 80), float32. A rate of 0 skips guidance and halves the work."""
-        x, _ = self._solve(noise, conditions, mask, steps, cfg_rate, None, streaming=False)
-        return x
+        """Solve from noise (B, T, 80) to a mel (B, T, 80), float32. A rate of 0 skips guidance and halves the work.
+
+        `before_step` is called before every step; what it raises ends the work.
+        """
+        estimate = partial(self.estimator, mask=_doubled(mask) if self._rate(cfg_rate) > 0 else mask)
+
+        def velocity(step: int, point: Tensor, time: Tensor, told: Conditions) -> Tensor:
+            if before_step is not None:
+                before_step()
+            return estimate(point, time, *told)  # type: ignore[no-any-return]
+
+        return self._solve(noise, conditions, steps, cfg_rate, velocity)
 
     def forward_chunk(
         self,
@@ -85,37 +106,37 @@ class CFM(nn.Module):
         past: list[list[BlockCache]] | None,
     ) -> tuple[Tensor, list[list[BlockCache]]]:
         """As `forward` for one chunk of a stream; `past` and the second result: caches by step and block."""
-        return self._solve(noise, conditions, None, steps, cfg_rate, past, streaming=True)
+        caches: list[list[BlockCache]] = []
+
+        def velocity(step: int, point: Tensor, time: Tensor, told: Conditions) -> Tensor:
+            out, cache = self.estimator.forward_chunk(point, time, *told, past[step] if past else None)
+            caches.append(cache)
+            return out
+
+        return self._solve(noise, conditions, steps, cfg_rate, velocity), caches
+
+    def _rate(self, cfg_rate: float | None) -> float:
+        return self.cfg_rate if cfg_rate is None else cfg_rate
 
     def _solve(
         self,
         noise: Tensor,
         conditions: Conditions,
-        mask: Tensor | None,
         steps: int,
         cfg_rate: float | None,
-        past: list[list[BlockCache]] | None,
-        *,
-        streaming: bool,
-    ) -> tuple[Tensor, list[list[BlockCache]]]:
-        rate = self.cfg_rate if cfg_rate is None else cfg_rate
-        guided = rate > 0
-        if guided:
-            conditions = conditions.with_unconditional()
-            mask = None if mask is None else torch.cat([mask, mask])
-        x, times, caches = noise.float(), time_grid(steps, noise.device), []
+        velocity: Callable[[int, Tensor, Tensor, Conditions], Tensor],
+    ) -> Tensor:
+        rate = self._rate(cfg_rate)
+        told = conditions.with_unconditional() if rate > 0 else conditions
+        x, times = noise.float(), time_grid(steps, noise.device)
         for step in range(steps):
-            point, time = torch.cat([x, x]) if guided else x, times[step : step + 1]
-            if streaming:
-                velocity, cache = self.estimator.forward_chunk(point, time, *conditions, past[step] if past else None)
-                caches.append(cache)
+            if rate > 0:
+                towards, away = velocity(step, torch.cat([x, x]), times[step : step + 1], told).chunk(2)
+                slope = (1 + rate) * towards - rate * away
             else:
-                velocity = self.estimator(point, time, *conditions, mask)
-            if guided:
-                towards, away = velocity.chunk(2)
-                velocity = (1 + rate) * towards - rate * away
-            x = x + (times[step + 1] - times[step]) * velocity
-        return x, caches
+                slope = velocity(step, x, times[step : step + 1], told)
+            x = x + (times[step + 1] - times[step]) * slope
+        return x
 
     def loss(
         self, mel: Tensor, mask: Tensor, conditions: Conditions, dials: FlowTraining, generator: torch.Generator | None

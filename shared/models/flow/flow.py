@@ -4,7 +4,7 @@ Everything is batched with lengths, so a batch of N equals N runs. Knows nothing
 files the weights come from, or what makes a waveform of the mel. (Decoder of arXiv 2511.03601.)
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -124,12 +124,14 @@ class Flow(nn.Module):
         *,
         steps: int = 10,
         cfg_rate: float | None = None,
+        before_step: Callable[[], None] | None = None,
     ) -> Tensor:
         """Mels of a batch, (B, 2T, 80) float32, the frames of the reference included.
 
         tokens (B, T, 2): those of the reference first; lengths (B,); prompt_mel (B, P, 80) at two frames per token of
         the reference with prompt_lengths (B,); speaker (B, 192); noise (B, 2T, 80) float32, see `flow_noise`. What lies
-        beyond a length has no effect on what lies before it. cfg_rate None takes the checkpoint's.
+        beyond a length has no effect on what lies before it. cfg_rate None takes the checkpoint's. `before_step` is
+        called before every step; what it raises ends the work.
         """
         mu = self.encode(tokens, lengths)
         frames = mu.shape[1]
@@ -137,7 +139,7 @@ class Flow(nn.Module):
         given = torch.arange(frames, device=mu.device) < prompt_lengths[:, None]
         conditions = Conditions(mu, self.speaker(speaker), cond.to(mu.dtype) * given[..., None])
         mask = length_mask(lengths * self.frames_per_token, frames)
-        mel: Tensor = self.decoder(noise, conditions, mask, steps, cfg_rate)
+        mel: Tensor = self.decoder(noise, conditions, mask, steps, cfg_rate, before_step)
         return mel
 
     def loss(

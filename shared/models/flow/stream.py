@@ -50,7 +50,8 @@ class FlowStream:
         self._blocks: list[list[BlockCache]] | None = None
         with torch.inference_mode():
             self._speaker = flow.speaker(speaker[None])
-            self._run(prompt_tokens, prompt_mel, last=False)
+            if frames:
+                self._run(prompt_tokens, prompt_mel, last=False)
 
     @torch.inference_mode()
     def push(self, tokens: Tensor, *, last: bool = False) -> Tensor:

@@ -106,6 +106,23 @@ def test_nobody_s_request_costs_nothing(model: DecoderModel, asked: InferenceReq
     assert model.stage_s == {}
 
 
+def test_a_batch_that_nobody_waits_for_any_more_stops_between_steps(
+    model: DecoderModel, asked: InferenceRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asks, steps = iter(range(100)), []
+    estimate = model.flow.decoder.estimator.forward
+    monkeypatch.setattr(model.flow.decoder.estimator, "forward", lambda *a, **k: steps.append(1) or estimate(*a, **k))
+    [answer] = model.infer([replace(changed(asked, steps=50), cancelled=lambda: next(asks) > 2)])
+    assert isinstance(answer, RequestCancelled)
+    assert len(steps) == 2
+
+
+def test_a_batch_goes_on_for_the_one_that_still_waits(model: DecoderModel, asked: InferenceRequest) -> None:
+    asks = iter(range(100))
+    left, waits = model.infer([replace(asked, cancelled=lambda: next(asks) > 0), changed(asked, seed=1)])
+    assert len(audio(left)) == len(audio(waits))
+
+
 def test_a_batch_that_does_not_fit_memory_runs_one_by_one(
     model: DecoderModel, asked: InferenceRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

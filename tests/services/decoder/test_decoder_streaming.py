@@ -100,6 +100,14 @@ def test_a_stream_left_in_the_middle_of_a_chunk_is_closed(model: DecoderModel, a
     assert len(model.sessions) == 0
 
 
+def test_a_stream_may_have_no_reference(model: DecoderModel, asked: InferenceRequest) -> None:
+    inputs = {**asked.inputs, "prompt_mixed": np.zeros(0, np.int32), "prompt_mel": np.zeros((0, 80), np.float32)}
+    request = replace(asked, inputs=inputs)
+    found, wanted = np.concatenate(sound(model, request)), model.infer([request])[0]["audio"]
+    assert found.shape == wanted.shape
+    assert signal_to_noise_db(wanted, found) > 5
+
+
 def test_a_cancelled_stream_stops(model: DecoderModel, asked: InferenceRequest) -> None:
     cancelled = False
     request = replace(long_request(asked), cancelled=lambda: cancelled)
