@@ -27,6 +27,8 @@ AsrOption = Annotated[bool, typer.Option("--asr", help="Write the text down by s
 OutOption = Annotated[
     str | None,
     typer.Option(
-        "--out", "-o", help="WAV, FLAC, MP3 or Opus by its suffix; a folder for a batch; - for standard output."
+        "--out",
+        "-o",
+        help="WAV, FLAC, MP3 or Opus by its suffix, IN.edited.wav by default; a folder for a batch; - for stdout.",
     ),
 ]

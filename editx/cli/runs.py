@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -85,12 +86,13 @@ def run_folder(folder: Path, out: str | None, edit: Edit, text: str | None, sett
     if settings.picture is not None:
         settings.picture.mkdir(parents=True, exist_ok=True)
     reports: list[dict[str, Any]] = []
+    began = time.perf_counter()
     with Editor(settings.checkpoint, device=settings.device) as editor, _bar(console, settings, count=True) as progress:
         task = progress.add_task(str(edit), total=len(files))
         for path, outcome in _in_flight(editor, files, edit, text, settings):
             reports.append(_finish(path, outcome, target / f"{path.stem}.wav", edit, settings))
             progress.advance(task)
-    _print_summary(reports, target, console, settings)
+    _print_summary(reports, target, time.perf_counter() - began, console, settings)
     return EXIT_PARTIAL if any("error" in report for report in reports) else 0
 
 
@@ -227,19 +229,24 @@ def _print(report: dict[str, Any], console: Console, settings: Settings) -> None
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _print_summary(reports: list[dict[str, Any]], target: Path, console: Console, settings: Settings) -> None:
+def _print_summary(
+    reports: list[dict[str, Any]], target: Path, seconds: float, console: Console, settings: Settings
+) -> None:
     failed = [report for report in reports if "error" in report]
     done = [report for report in reports if "error" not in report]
+    audio_s = sum(report["output_s"] for report in done)
+    rtf = round(seconds / audio_s, 3) if audio_s else None
     if settings.as_json:
-        typer.echo(json.dumps({"output": str(target), "done": done, "failed": failed}, ensure_ascii=False))
+        summary = {"output": str(target), "seconds": round(seconds, 3), "output_s": round(audio_s, 3), "rtf": rtf}
+        typer.echo(json.dumps({**summary, "done": done, "failed": failed}, ensure_ascii=False))
         return
     for warning in dict.fromkeys(warning for report in done for warning in report["warnings"]):
         console.print(f"[yellow]Warning:[/] {escape(warning)}", highlight=False)
     for report in failed:
         console.print(f"[red]{escape(report['input'])}:[/] {escape(report['error']['message'])}", highlight=False)
-    audio_s, seconds = sum(report["output_s"] for report in done), sum(report["seconds"] for report in done)
-    console.print(
-        f"{len(done)} of {len(reports)} recordings edited, {audio_s:.1f} s of audio in {target}; "
-        f"{seconds:.1f} s of waiting in all",
-        markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    lines = [
+        f"{len(done)} of {len(reports)} recordings edited into {target}: {audio_s:.1f} s of audio",
+        f"took {seconds:.1f} s" + (f", RTF {rtf:.2f}" if rtf is not None else ""),
+    ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
