@@ -1,0 +1,1 @@
+"""The HTTP gateway: jobs, uploads, voices, events, speech and the web studio."""

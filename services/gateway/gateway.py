@@ -1,0 +1,70 @@
+"""The parts of one gateway, put together: what every route works with."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from dataclasses import dataclass, field
+
+from services.gateway.access import Admission, Keys, Listeners
+from services.gateway.backend import Backend
+from services.gateway.metrics import Metrics
+from services.gateway.recordings import UPLOADS, Recordings
+from services.gateway.settings import GatewaySettings
+from services.gateway.threads import blocking
+from services.gateway.voices import Voices
+from services.gateway.webhooks import Webhooks
+from shared.errors import EditxError
+
+log = logging.getLogger(__name__)
+LOOK_EVERY_S = 1.0
+TIDY_EVERY = 600  # looks
+
+
+@dataclass(frozen=True, eq=False)
+class Gateway:
+    """The parts that routes use."""
+
+    backend: Backend
+    settings: GatewaySettings
+    metrics: Metrics
+    keys: Keys
+    admission: Admission
+    voices: Voices
+    recordings: Recordings
+    webhooks: Webhooks
+    listeners: Listeners
+    speaking: asyncio.Semaphore
+    in_flight: set[tuple[str, str]] = field(default_factory=set)  # (owner, idempotency key) being accepted now
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def over(cls, backend: Backend, settings: GatewaySettings) -> Gateway:
+        """The gateway of a backend. Raises UserError where the keys file cannot be used."""
+        metrics, keys, voices = Metrics(), Keys(settings), Voices(backend.store)
+        return cls(
+            backend=backend,
+            settings=settings,
+            metrics=metrics,
+            keys=keys,
+            admission=Admission(backend, settings, metrics),
+            voices=voices,
+            recordings=Recordings(backend.store, voices, settings),
+            webhooks=Webhooks(backend.store, backend.jobs, keys, settings, metrics),
+            listeners=Listeners(settings.listeners_max),
+            speaking=asyncio.Semaphore(settings.speech_max),
+        )
+
+    async def watch(self) -> None:
+        """Keep the backlog fresh and remove uploads that nobody used, until cancelled."""
+        ticks = 0
+        while True:
+            try:
+                await blocking(self.admission.look)
+                if ticks % TIDY_EVERY == 0:
+                    await blocking(self.backend.store.expire, UPLOADS, self.settings.upload_keep_s)
+            except EditxError as error:
+                log.warning("the backlog is not known: %s", error)
+            ticks += 1
+            await asyncio.sleep(LOOK_EVERY_S)
