@@ -59,7 +59,7 @@ class TimestepEmbedder(nn.Module):
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Scaled dot-product attention over (B, H, T, D) with a mask of keys (B, 1, 1, K).
 
-    In bfloat16 on a CPU the fused kernel converts to float32 and back; plain products are two to five times as fast.
+    In bfloat16 on a CPU the fused kernel converts to float32 and back; plain products are twice as fast.
     """
     if query.device.type != "cpu" or query.dtype != torch.bfloat16 or torch.is_grad_enabled():
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -99,17 +99,12 @@ class Attention(nn.Module):
 
 
 class CausalConv(nn.Conv1d):
-    """A convolution over (B, T, C) that sees the past only; beyond the start it sees zeros or the history.
-
-    Run as one matrix product over the frames side by side: no axis is swapped, which is four times as fast on a CPU.
-    """
+    """A convolution over (B, T, C) that sees the past only; beyond the start it sees zeros or the history."""
 
     def forward(self, x: Tensor, history: Tensor | None = None) -> Tensor:
         """x (B, T, C), history (B, k-1, C) -> (B, T, C)."""
-        past, frames = self.kernel_size[0] - 1, x.shape[1]
-        x = F.pad(x, (0, 0, past, 0)) if history is None else torch.cat([history, x], dim=1)
-        beside = torch.cat([x[:, shift : shift + frames] for shift in range(past + 1)], dim=-1)
-        return F.linear(beside, self.weight.permute(0, 2, 1).flatten(1), self.bias)
+        x = F.pad(x, (0, 0, self.kernel_size[0] - 1, 0)) if history is None else torch.cat([history, x], dim=1)
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
 
 class ConvBlock(nn.Module):
