@@ -95,20 +95,28 @@ def kl_estimate(log_probs: Tensor, reference: Tensor, kind: KlEstimate = "k1") -
 
 
 def shaped_rewards(
-    scores: Tensor, kl: Tensor, mask: Tensor, beta: float, how: Aggregate = "mean", place: Placement = "spread"
+    scores: Tensor,
+    scored: Tensor,
+    kl: Tensor,
+    mask: Tensor,
+    beta: float,
+    how: Aggregate = "mean",
+    place: Placement = "spread",
 ) -> Tensor:
     """Reward per token: the reward model's score minus beta x KL of that token, 0 off the mask.
 
-    `scores` (B, T) are the reward model's per token, of which `how` makes a score per sequence. "spread" gives every
-    token its own part of it (so that the parts sum to it); "end" gives all of it to the last token.
+    `scores` (B, T) are the reward model's, counted where `scored` is 1 (audio tokens; the end token has no score), of
+    which `how` makes a score per sequence. "spread" gives every token its own part of it, and the parts sum to it;
+    "end" gives all of it to the last token of the mask.
     """
-    total = aggregate_scores(scores, mask, how)
-    positions = torch.arange(mask.shape[-1], device=mask.device)
-    last = F.one_hot((mask * positions).argmax(-1), mask.shape[-1]).to(scores.dtype) * (mask.sum(-1, keepdim=True) > 0)
     if place == "end" or how == "last":
-        parts = last * total[:, None]
+        positions = torch.arange(mask.shape[-1], device=mask.device)
+        last = F.one_hot((mask * positions).argmax(-1), mask.shape[-1]).to(scores.dtype) * (
+            mask.sum(-1, keepdim=True) > 0
+        )
+        parts = last * aggregate_scores(scores, scored, how)[:, None]
     else:
-        parts = scores * mask / (mask.sum(-1, keepdim=True).clamp(min=1) if how == "mean" else 1.0)
+        parts = scores * scored / (scored.sum(-1, keepdim=True).clamp(min=1) if how == "mean" else 1.0)
     return (parts - beta * kl) * mask
 
 

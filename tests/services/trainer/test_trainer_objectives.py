@@ -138,13 +138,14 @@ def test_kl_estimates_agree_with_the_true_divergence_on_average() -> None:
 
 
 def test_shaped_rewards_sum_to_score_minus_penalty_wherever_the_score_is_placed() -> None:
-    scores = torch.tensor([[1.0, 3.0, 7.0]])
-    kl = torch.tensor([[0.2, -0.1, 5.0]])
-    mask = torch.tensor([[1.0, 1.0, 0.0]])
-    spread = shaped_rewards(scores, kl, mask, 0.05, "mean", "spread")
-    close(spread, [[0.5 - 0.01, 1.5 + 0.005, 0.0]])
-    end = shaped_rewards(scores, kl, mask, 0.05, "mean", "end")
-    close(end, [[-0.01, 2.0 + 0.005, 0.0]])
+    scores = torch.tensor([[1.0, 3.0, 7.0, 7.0]])
+    kl = torch.tensor([[0.2, -0.1, 0.4, 5.0]])
+    audio = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
+    mask = torch.tensor([[1.0, 1.0, 1.0, 0.0]])  # with the end token
+    spread = shaped_rewards(scores, audio, kl, mask, 0.05, "mean", "spread")
+    close(spread, [[0.5 - 0.01, 1.5 + 0.005, -0.02, 0.0]])
+    end = shaped_rewards(scores, audio, kl, mask, 0.05, "mean", "end")
+    close(end, [[-0.01, 0.005, 2.0 - 0.02, 0.0]])
     close(spread.sum(), end.sum())
 
 
