@@ -21,7 +21,7 @@ from services.tokenizer.handler import TokenizeHandler
 from shared import telemetry
 from shared.bus.memory import MemoryBus
 from shared.checkpoints.layout import Checkpoint
-from shared.errors import PermanentError, UserError
+from shared.errors import PermanentError
 from shared.inference.local import LocalInference, ModelFactory
 from shared.inference.port import Model
 from shared.jobs import machine
@@ -64,6 +64,7 @@ class Embedded:
         self.store = FolderStore(root / "artifacts")
         self.jobs: JobStore = SqliteJobStore(root / "jobs.sqlite") if folder else MemoryJobStore()
         self.inference = LocalInference({**_models(checkpoint, device), **(models or {})}, concurrent=["llm"])
+        self._brings_reward = "reward" in (models or {})
         self._sweeper = Sweeper(self.jobs, self.bus, self.store)
         self._workers: list[tuple[Worker, threading.Thread]] = []
         self._crash: BaseException | None = None
@@ -104,6 +105,10 @@ class Embedded:
         Raises UserError for a tag or text that nobody knows.
         """
         check_request(request, self.checkpoint)
+        if request.n_best > 1 and not self._brings_reward:
+            from shared.checkpoints.reward import reward_folder
+
+            reward_folder(self.checkpoint)
         job_id = new_job_id()
         with telemetry.span("submit job", {"messaging.message.conversation_id": job_id}):
             return self._submit(audio, request, job_id, owner, idempotency)
@@ -212,12 +217,8 @@ def _models(checkpoint: Checkpoint, device: str) -> dict[str, ModelFactory]:
         return DecoderModel(checkpoint, device=device)
 
     def reward() -> Model:
-        try:
-            from services.reward.model import RewardModel
-        except ModuleNotFoundError as error:
-            raise UserError(
-                "There is no reward model to choose between candidates.", "Ask for one candidate."
-            ) from error
+        from services.reward.model import RewardModel
+
         return RewardModel(checkpoint, device=device)
 
     return {"tokenizer": tokenizer, "llm": llm, "decoder": decoder, "reward": reward}

@@ -19,7 +19,7 @@ SERVERS = {
     "tritonclient": {"shared/inference/triton.py"},
 }
 GATEWAY = "services/gateway/"
-WEB = ("fastapi", "starlette", "uvicorn", "sse_starlette")
+WEB = ("fastapi", "starlette", "sse_starlette")
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:

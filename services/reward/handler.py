@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 from safetensors.numpy import save
 
 from shared.artifacts import Generated, Tokenized
-from shared.inference.port import Inference
+from shared.inference.port import Inference, Tensors
 from shared.prompts import Turn, edit_turns
 from shared.schemas.edit import Edit
 from shared.schemas.route import GENERATED, SCORES, StepKind, candidate
@@ -39,21 +41,25 @@ class ScoreHandler:
         prompt = np.asarray(self._encode(edit_turns(edit, parameters["text"], source.mixed)), np.int64)
         count = sum(name.startswith("candidate-") for name in step.step.inputs)
         candidates = [Generated.from_bytes(step.read(candidate(number))) for number in range(count)]
-        scored: list[Generated] = []
-        per_token: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = {}
-        for number, generated in enumerate(candidates):
-            answer = self._inference.infer(
-                MODEL,
-                {"prompt": prompt, "mixed": generated.mixed},
-                deadline=step.deadline,
-                cancelled=step.cancelled,
-                priority=step.priority,
-            )
-            scored.append(replace(generated, score=float(answer["score"].reshape(-1)[0])))
-            per_token[str(number)] = answer["scores"].astype(np.float32)
-            step.progress((number + 1) / count, "scoring candidates")
+        step.progress(0.05, "scoring candidates")
+        with ThreadPoolExecutor(count) as pool:  # side by side, so that they share a batch
+            answers = list(pool.map(lambda generated: self._score(step, prompt, generated), candidates))
+        scored = [
+            replace(generated, score=float(answer["score"].reshape(-1)[0]))
+            for generated, answer in zip(candidates, answers, strict=True)
+        ]
         best = max(scored, key=lambda generated: (not generated.collapsed, generated.score or 0.0))
+        per_token = {str(number): answer["scores"].astype(np.float32) for number, answer in enumerate(answers)}
         step.write(SCORES, save(per_token))
         step.write(GENERATED, best.to_bytes())
         step.measure("score", best.score or 0.0)
         step.measure("candidates", count)
+
+    def _score(self, step: StepContext, prompt: npt.NDArray[np.int64], generated: Generated) -> Tensors:
+        return self._inference.infer(
+            MODEL,
+            {"prompt": prompt, "mixed": generated.mixed},
+            deadline=step.deadline,
+            cancelled=step.cancelled,
+            priority=step.priority,
+        )
