@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import signal
 import threading
@@ -13,7 +14,7 @@ from typing import ParamSpec
 import typer
 from rich.console import Console
 
-from editx.cli import audio, doctor, tokens, voices
+from editx.cli import audio, doctor, tokens
 from shared.errors import EditxError
 
 EXIT_MISSING = 3
@@ -54,21 +55,25 @@ def _exiting(command: Callable[P, int]) -> Callable[P, None]:
 COMMANDS = (audio.edit, audio.clone, tokens.tokenize, tokens.decode, doctor.doctor)
 for _command in COMMANDS:
     app.command()(_exiting(_command))
-app.add_typer(voices.app, name="voices")
+GROUPS = {"voices": "editx.cli.voices", "checkpoint": "editx.cli.checkpoint"}
+"""Commands with commands of their own: their name to the module whose `app` holds them. A module is imported for its own
+command, and for the help of all; it imports torch inside its functions only."""
 
 
-def _mount_checkpoint(arguments: Sequence[str]) -> None:
-    """Mount `editx checkpoint` only where it may be needed, for a fast start of the rest."""
-    others = {"voices", *(command.__name__ for command in COMMANDS)}
-    if not others & set(arguments[:1]):
-        from editx.cli import checkpoint
-
-        app.add_typer(checkpoint.app, name="checkpoint")
+def _mount_groups(arguments: Sequence[str]) -> None:
+    """Mount the group that is called, or all of them where another word or none comes first."""
+    first = next(iter(arguments), "")
+    if first in {command.__name__ for command in COMMANDS}:
+        return
+    mounted = {group.name for group in app.registered_groups}
+    for name in [first] if first in GROUPS else GROUPS:
+        if name not in mounted:
+            app.add_typer(importlib.import_module(GROUPS[name]).app, name=name)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; the exit code."""
-    _mount_checkpoint(arguments)
+    _mount_groups(arguments)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)  # so that temporary folders go
     try:

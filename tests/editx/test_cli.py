@@ -47,7 +47,7 @@ def report(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def command(*arguments: str | Path, **settings: Any) -> subprocess.Popen[bytes]:
     """The command line as a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "editx.cli", *map(str, arguments)],
+        [sys.executable, "-m", "editx", *map(str, arguments)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings,
     )  # fmt: skip
 

@@ -1,5 +1,0 @@
-"""`python -m editx.cli` is the command `editx`."""
-
-from editx.cli import main
-
-main()
