@@ -5,8 +5,8 @@ Random weights at the official sizes, no checkpoint needed:
     python -m benchmarks.decoder                                     # CPU, 2.4 s of reference and 2.4 s of result
     python -m benchmarks.decoder --device cuda --seconds 10 --clock wall
 
-The baseline is the first line, one job at a time in float32: what the published code runs. On a machine that others use,
-`--clock cpu --threads 1` counts the processor's time instead of the wall's.
+The baseline is the first line, one job at a time in float32: what the published code runs. On a machine that others
+use, `--clock cpu --threads 1` counts the processor's time instead of the wall's.
 """
 
 from __future__ import annotations
