@@ -17,7 +17,7 @@ class DecoderSettings(BaseSettings):
     )
     vocoder_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
-        description="Of the vocoder's large parts. bfloat16 adds noise 35 dB below the signal, and slows BigVGAN on CPUs.",
+        description="Of the vocoder's large parts. bfloat16: noise 35 dB below the signal; slows BigVGAN on CPUs.",
     )
     batch_frames: int = Field(
         default=8000, ge=100, description="Most mel frames (50 a second, reference included) that run together."
