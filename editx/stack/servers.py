@@ -21,6 +21,12 @@ SECRET_KEY = "editx-local-stack"
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT_VARIABLE = "EDITX_STACK_ENV"
 
+_HONOUR_PYTHONPATH = """
+import os as _os, sys as _sys
+_sys.path[:0] = [path for path in _os.environ.get("PYTHONPATH", "").split(_os.pathsep) if path]
+"""
+"""The stub's interpreter is isolated from PYTHONPATH; every model.py imports this module first."""
+
 
 def packages() -> Path:
     """Where the wheels of the servers are installed: $EDITX_STACK_ENV, or .venv-stack beside the sources."""
@@ -72,6 +78,8 @@ def triton(
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         stub = home / f"pytriton/tritonserver/python_backend_stubs/{version}/triton_python_backend_stub"
         shutil.copy2(stub, backends / "python" / stub.name)
+        with (backends / "python/triton_python_backend_utils.py").open("a") as utils:
+            utils.write(_HONOUR_PYTHONPATH)
     command = (
         str(home / "pytriton/tritonserver/bin/tritonserver"),
         f"--backend-directory={backends}",
@@ -81,9 +89,10 @@ def triton(
         f"--http-port={http_port}", f"--grpc-port={http_port + 1}", f"--metrics-port={http_port + 2}",
         "--exit-timeout-secs=15", "--disable-auto-complete-config",
     )  # fmt: skip
+    packages_here = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     paths = {
-        "LD_LIBRARY_PATH": str(home / "nvidia_pytriton.libs"),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), sysconfig.get_paths()["purelib"]]),
+        "LD_LIBRARY_PATH": os.pathsep.join([str(home / "nvidia_pytriton.libs"), sysconfig.get_config_var("LIBDIR")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *packages_here]),
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
     }
     ready = answers_http(f"http://127.0.0.1:{http_port}/v2/health/ready")

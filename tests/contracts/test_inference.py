@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -14,44 +14,13 @@ from shared.inference.local import LocalInference
 from shared.inference.port import (
     DeadlineExceeded,
     Inference,
-    InferenceRequest,
     InferenceUnavailable,
     RequestCancelled,
-    Tensors,
     UnknownModel,
 )
-
-
-class Doubler:
-    """Doubles `x`; `wait_s` makes it slow, `fail` makes it raise, and its stream hands out one number at a time."""
-
-    name = "doubler"
-
-    def __init__(self) -> None:
-        self.batches: list[int] = []
-        self.streamed = 0
-
-    def infer(self, requests: Sequence[InferenceRequest]) -> list[Tensors | Exception]:
-        self.batches.append(len(requests))
-        return [self._one(request) for request in requests]
-
-    def stream(self, request: InferenceRequest) -> Iterator[Tensors]:
-        for number in request.inputs["x"]:
-            if request.cancelled():
-                raise RequestCancelled("cancelled between two pieces")
-            time.sleep(float(request.parameters.get("wait_s", 0.0)))
-            self.streamed += 1
-            yield {"y": np.asarray([number * 2], np.float32)}
-
-    def _one(self, request: InferenceRequest) -> Tensors | Exception:
-        if request.parameters.get("fail"):
-            return PermanentError("Asked to fail.", "Ask for something else.", "asked_to_fail")
-        until = time.monotonic() + float(request.parameters.get("wait_s", 0.0))
-        while time.monotonic() < until:
-            if request.cancelled():
-                return RequestCancelled("cancelled while it worked")
-            time.sleep(0.01)
-        return {"y": request.inputs["x"] * 2}
+from shared.inference.triton import TritonInference
+from tests.fixtures.doubler import Doubler
+from tests.fixtures.servers import shared_servers
 
 
 @pytest.fixture
@@ -59,11 +28,21 @@ def model() -> Doubler:
     return Doubler()
 
 
-@pytest.fixture
-def inference(model: Doubler) -> Iterator[Inference]:
-    adapter = LocalInference({"doubler": lambda: model}, max_delay_s=0.05)
+@pytest.fixture(params=["local", "triton"])
+def inference(request: pytest.FixtureRequest, model: Doubler) -> Iterator[Inference]:
+    adapter: Inference
+    if request.param == "local":
+        adapter = LocalInference({"doubler": lambda: model}, max_delay_s=0.05)
+    else:
+        adapter = TritonInference(shared_servers().doubler)
     yield adapter
     adapter.close()
+
+
+def observed(inference: Inference) -> tuple[float, float]:
+    """The model's largest batch and the number of pieces it streamed so far."""
+    largest, streamed = inference.infer("doubler", {"x": X}, parameters={"report": True})["y"]
+    return float(largest), float(streamed)
 
 
 def test_a_model_that_batches_for_itself_is_called_by_every_caller(model: Doubler) -> None:
@@ -91,7 +70,9 @@ X = np.asarray([1.0, 2.0, 3.0], np.float32)
 
 def test_an_answer_holds_the_models_tensors(inference: Inference) -> None:
     assert inference.ready("doubler")
-    np.testing.assert_array_equal(inference.infer("doubler", {"x": X})["y"], X * 2)
+    answer = inference.infer("doubler", {"x": X})
+    np.testing.assert_array_equal(answer["y"], X * 2)
+    assert (answer["total"].shape, float(answer["total"])) == ((), 12.0)
 
 
 def test_a_stream_hands_out_pieces_in_order(inference: Inference) -> None:
@@ -113,7 +94,7 @@ def test_the_models_error_comes_back_with_its_code_and_hint(inference: Inference
     assert (raised.value.code, raised.value.hint) == ("asked_to_fail", "Ask for something else.")
 
 
-def test_requests_that_come_together_share_a_batch_and_fail_alone(inference: Inference, model: Doubler) -> None:
+def test_requests_that_come_together_share_a_batch_and_fail_alone(inference: Inference) -> None:
     answers: dict[int, object] = {}
 
     def ask(number: int) -> None:
@@ -130,7 +111,7 @@ def test_requests_that_come_together_share_a_batch_and_fail_alone(inference: Inf
         thread.join()
     expected = {number: (X * number * 2).tolist() for number in range(4)}
     assert answers == {**expected, 2: "asked_to_fail"}
-    assert max(model.batches) > 1
+    assert observed(inference)[0] > 1
 
 
 def test_a_late_answer_raises_at_the_deadline(inference: Inference) -> None:
@@ -150,13 +131,14 @@ def test_a_cancelled_request_returns_soon_and_stops_the_model(inference: Inferen
     assert time.monotonic() - began < 2.0
 
 
-def test_closing_a_stream_stops_the_model(inference: Inference, model: Doubler) -> None:
+def test_closing_a_stream_stops_the_model(inference: Inference) -> None:
+    before = observed(inference)[1]
     numbers = np.arange(200, dtype=np.float32)
     pieces = inference.stream("doubler", {"x": numbers}, parameters={"wait_s": 0.01})
     next(pieces)
     pieces.close()  # type: ignore[attr-defined]
     np.testing.assert_array_equal(inference.infer("doubler", {"x": X})["y"], X * 2)
-    assert model.streamed < 100
+    assert observed(inference)[1] - before < 100
 
 
 def test_a_stream_is_cancelled_by_its_flag(inference: Inference) -> None:

@@ -1,0 +1,181 @@
+"""The inside of a Triton Python model: hands the server's requests to a Model of this project, and its answers back.
+
+A model's 1/model.py is `TritonPythonModel = shim(...)` and nothing else. Knows nothing about what a model computes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import triton_python_backend_utils as pb  # exists inside the server only
+
+from shared import telemetry
+from shared.inference.port import InferenceRequest, InferenceUnavailable, Model, RequestCancelled, Tensors
+from shared.inference.wire import CALL, Call, pack_error
+
+log = logging.getLogger(__name__)
+CANCEL_CHECK_S = 0.02
+
+
+def shim(make: Callable[[], Model], *, concurrent: bool = False) -> type:
+    """The class `TritonPythonModel` over the model that `make` makes.
+
+    A `concurrent` model batches for itself: each request gets a thread. Any other is called by one thread with all
+    requests that the server batched.
+    """
+
+    class TritonPythonModel:
+        """What the server drives."""
+
+        def initialize(self, args: dict[str, str]) -> None:
+            config = json.loads(args["model_config"])
+            self.outputs = {output["name"]: pb.triton_string_to_numpy(output["data_type"])
+                            for output in config["output"]}  # fmt: skip
+            self.is_batched = config["max_batch_size"] > 0
+            self.is_decoupled = pb.using_decoupled_model_transaction_policy(config)
+            telemetry.configure_logs(os.environ.get("EDITX_LOG_LEVEL", "INFO"))
+            spans, endpoint = os.environ.get("EDITX_SPANS_FILE"), os.environ.get("EDITX_OTLP_ENDPOINT")
+            spans_file = Path(spans) if spans else None
+            self.end_telemetry = telemetry.configure(
+                f"triton-{args['model_name']}", spans_file=spans_file, otlp_endpoint=endpoint or None
+            )
+            self.model = make()
+            self.pool = ThreadPoolExecutor(256 if concurrent else 1, thread_name_prefix="shim")
+
+        def execute(self, requests: list[Any]) -> list[Any] | None:
+            calls = [_Call(request, self) for request in requests]
+            if not self.is_decoupled:
+                return [call.response(answer) for call, answer in zip(calls, self._infer(calls), strict=True)]
+            if concurrent:
+                for call in calls:
+                    self.pool.submit(self._serve, [call])
+            else:
+                self._serve(calls)
+            return None
+
+        def finalize(self) -> None:
+            self.pool.shutdown(wait=True, cancel_futures=True)
+            if close := getattr(self.model, "close", None):
+                close()
+            self.end_telemetry()
+
+        def _serve(self, calls: list[_Call]) -> None:
+            """Answer calls of a decoupled model; every one gets its final flag, whatever happens."""
+            whole = [call for call in calls if not call.streams]
+            try:
+                for call, answer in zip(whole, self._infer(whole), strict=True):
+                    call.send(answer)
+                for call in calls:
+                    if call.streams:
+                        self._stream(call)
+            except Exception as error:
+                log.exception("a call failed")
+                for call in calls:
+                    call.send(error)
+            finally:
+                for call in calls:
+                    call.finish()
+
+        def _infer(self, calls: Sequence[_Call]) -> Sequence[Tensors | Exception]:
+            if not calls:
+                return []
+            with telemetry.span(f"triton {self.model.name}", {"editx.batch_size": len(calls)}, calls[0].trace):
+                try:
+                    return self.model.infer([call.request for call in calls])
+                except Exception as error:
+                    if len(calls) == 1:
+                        return [_passing(error)]
+                return [self._infer([call])[0] for call in calls]  # one bad request must not fail its neighbours
+
+        def _stream(self, call: _Call) -> None:
+            with telemetry.span(f"triton {self.model.name} stream", {}, call.trace):
+                try:
+                    pieces: Iterator[Tensors] = self.model.stream(call.request)  # type: ignore[attr-defined]
+                    for piece in pieces:
+                        if call.request.cancelled():
+                            return call.send(RequestCancelled("The caller went away."))
+                        call.send(piece)
+                except Exception as error:
+                    call.send(_passing(error))
+
+    return TritonPythonModel
+
+
+class _Call:
+    """One request of the server."""
+
+    def __init__(self, request: Any, owner: Any) -> None:
+        call = Call.unpack(json.loads(request.parameters())[CALL])
+        self.streams, self.trace = call.streams, call.trace
+        self._owner = owner
+        self._sender = request.get_response_sender() if owner.is_decoupled else None
+        asked = self._sender.is_cancelled if self._sender is not None else request.is_cancelled
+        inputs = {tensor.name(): _array(tensor, owner.is_batched) for tensor in request.inputs()}
+        self.request = InferenceRequest(
+            inputs=inputs,
+            parameters=call.parameters,
+            request_id=request.request_id(),
+            deadline=None if call.left_s is None else time.monotonic() + call.left_s,
+            cancelled=_Seldom(asked),
+            priority=call.priority,
+        )
+
+    def response(self, answer: Tensors | Exception) -> Any:
+        if isinstance(answer, Exception):
+            return pb.InferenceResponse(error=pb.TritonError(pack_error(answer)))
+        tensors = []
+        for name, array in answer.items():
+            ready = torch.from_numpy(np.array(np.atleast_1d(array), dtype=self._owner.outputs[name], order="C"))
+            tensors.append(pb.Tensor.from_dlpack(name, ready[None] if self._owner.is_batched else ready))
+        return pb.InferenceResponse(output_tensors=tensors)
+
+    def send(self, answer: Tensors | Exception) -> None:
+        if self._sender is not None and not self._sender.is_cancelled():
+            self._sender.send(self.response(answer))
+
+    def finish(self) -> None:
+        if self._sender is not None:
+            self._sender.send(flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            self._sender = None
+
+
+class _Seldom:
+    """Asks the server whether a request was cancelled, at most every 20 ms, since each question crosses a process."""
+
+    def __init__(self, ask: Callable[[], bool]) -> None:
+        self._ask = ask
+        self._lock = threading.Lock()
+        self._next_at = 0.0
+        self._answer = False
+
+    def __call__(self) -> bool:
+        with self._lock:
+            if not self._answer and time.monotonic() >= self._next_at:
+                self._answer = bool(self._ask())
+                self._next_at = time.monotonic() + CANCEL_CHECK_S
+            return self._answer
+
+
+def _array(tensor: Any, is_batched: bool) -> Any:
+    """A tensor as a copy without the batch axis, since the server's memory may not be kept.
+
+    DLPack is used both ways: the stubs of older servers read numpy's arrays by the layout that numpy had before 2.0.
+    """
+    array = np.from_dlpack(tensor)
+    return np.array(array[0] if is_batched else array)
+
+
+def _passing(error: Exception) -> Exception:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return InferenceUnavailable(f"The model ran out of memory: {error}")
+    return error
