@@ -7,12 +7,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from editx.api import Editor, Result, clone, edit, load
 
 __all__ = ["Editor", "Result", "clone", "edit", "load"]
+
+for _package in ("editx", "services", "shared"):
+    logging.getLogger(_package).addHandler(logging.NullHandler())  # a library is silent until its user sets logging up
 
 
 def __getattr__(name: str) -> Any:

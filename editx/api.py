@@ -22,7 +22,7 @@ from editx.embedded import Embedded, check_request, warnings_for
 from shared.artifacts import Tokenized
 from shared.audio.io import Waveform, read_audio, write_audio
 from shared.checkpoints.layout import Checkpoint
-from shared.errors import EditxError, PermanentError, UserError
+from shared.errors import EditxError, PermanentError, TransientError, UserError
 from shared.inference.local import ModelFactory
 from shared.schemas import DecodeSettings, Edit, GenerateSettings, Job, JobEvent, JobRequest, JobState
 from shared.schemas.request import SEED_MAX
@@ -292,11 +292,11 @@ def save_audio(waveform: Waveform, path: Path) -> Path:
 
 
 def raise_for(job: Job) -> None:
-    """Raise JobCancelled, UserError or JobFailed for a job that did not end well."""
+    """Raise JobCancelled, UserError, TransientError or JobFailed for a job that did not end well."""
     if job.state == JobState.CANCELLED:
         raise JobCancelled(f"The job {job.id} was cancelled.")
     if job.state == JobState.FAILED and job.error is not None:
-        kind = JobFailed if job.error.dead_letter else UserError
+        kind = TransientError if job.error.retryable else JobFailed if job.error.dead_letter else UserError
         raise kind(job.error.message, job.error.hint, job.error.code)
 
 

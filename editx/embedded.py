@@ -31,6 +31,7 @@ from shared.jobs.sqlite import SqliteJobStore
 from shared.languages import check_language
 from shared.prompts import TextTokenizer, Turn
 from shared.publishing import publish_step
+from shared.retry import RetryPolicy
 from shared.schemas import Job, JobEvent, JobRequest, new_job_id
 from shared.schemas.route import job_prefix, source_key
 from shared.steps import Handler
@@ -40,6 +41,8 @@ from shared.tags import check_tag, check_text_tags
 from shared.worker import Worker, WorkerSettings
 
 EVENT_WAIT_S = 1.0
+SLOTS = 4  # jobs that a kind of step works on at once: they share batches
+IMPATIENT = RetryPolicy(attempts_max=3, attempts_unknown_max=1, base_s=0.2)
 
 
 class Embedded:
@@ -80,7 +83,9 @@ class Embedded:
             DecodeHandler(self.inference),
         ]
         for handler in handlers:
-            settings = WorkerSettings(group=f"editx-{handler.kind}", poll_s=0.1, watch_s=0.2, drain_s=5.0)
+            settings = WorkerSettings(
+                group=f"editx-{handler.kind}", slots=SLOTS, poll_s=0.1, watch_s=0.2, drain_s=5.0, retry=IMPATIENT
+            )
             worker = Worker(handler, self.bus, self.store, self.jobs, settings)
             thread = threading.Thread(target=self._work, args=(worker,), name=f"worker-{handler.kind}", daemon=True)
             self._workers.append((worker, thread))

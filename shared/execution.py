@@ -15,7 +15,7 @@ from typing import Protocol
 
 from shared import telemetry
 from shared.bus.port import Bus, Delivery
-from shared.errors import PoisonError, TransientError
+from shared.errors import EditxError, PoisonError, TransientError
 from shared.inference.port import DeadlineExceeded, RequestCancelled
 from shared.jobs import machine
 from shared.jobs.machine import Fenced, FutureStep, JobClosed, NotNow, StaleStep
@@ -201,7 +201,10 @@ class Execution:
         policy, document, token = self._settings.retry, job_error(error), job.last_token
         telemetry.failed(error, document.code)
         if not policy.allows(error, job.attempts):
-            log.error("step %d (%s) of %s failed: %s", job.step_index, job.step.kind, job.id, error, exc_info=error)
+            unforeseen = None if isinstance(error, EditxError) else error
+            log.error(
+                "step %d (%s) of %s failed: %s", job.step_index, job.step.kind, job.id, error, exc_info=unforeseen
+            )
             return self._fail(job, document)
         delay_s = policy.delay_s(job.attempts)
         log.warning("step %d of %s failed, again in %.1f s: %s", job.step_index, job.id, delay_s, error)

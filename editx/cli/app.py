@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -20,6 +22,7 @@ from shared.errors import EditxError
 EXIT_MISSING = 3
 EXIT_OUTPUT = 6
 EXIT_INTERRUPTED = 130
+LOG_VARIABLE = "EDITX_LOG_LEVEL"
 
 _EXITS = {
     "missing_component": EXIT_MISSING,
@@ -27,6 +30,7 @@ _EXITS = {
     "checkpoint_invalid": EXIT_MISSING,
     "disk_full": EXIT_OUTPUT,
     "cannot_write": EXIT_OUTPUT,
+    "store_unavailable": EXIT_OUTPUT,
     "cancelled": EXIT_INTERRUPTED,
 }
 
@@ -56,8 +60,10 @@ COMMANDS = (audio.edit, audio.clone, tokens.tokenize, tokens.decode, doctor.doct
 for _command in COMMANDS:
     app.command()(_exiting(_command))
 GROUPS = {"voices": "editx.cli.voices", "checkpoint": "editx.cli.checkpoint"}
-"""Commands with commands of their own: their name to the module whose `app` holds them. A module is imported for its own
-command, and for the help of all; it imports torch inside its functions only."""
+"""Commands with commands of their own: their name to the module whose `app` holds them.
+
+A module is imported for its own command, and for the help of all; it imports torch inside its functions only.
+"""
 
 
 def _mount_groups(arguments: Sequence[str]) -> None:
@@ -74,6 +80,11 @@ def _mount_groups(arguments: Sequence[str]) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; the exit code."""
     _mount_groups(arguments)
+    if level := os.environ.get(LOG_VARIABLE):
+        known = logging.getLevelNamesMapping()
+        logging.basicConfig(
+            level=known.get(level.upper(), logging.INFO), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        )
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)  # so that temporary folders go
     try:
