@@ -6,7 +6,7 @@ No job is made of it: the answer is the audio, and leaving ends the work. Knows 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,8 +40,8 @@ class Words:
     cfg: float = 0.7
 
 
-def speak(backend: Backend, words: Words) -> Iterator[Samples]:
-    """The audio at 24 kHz, in pieces as they are ready. Closing the iterator stops the work.
+def speak(backend: Backend, words: Words, cancelled: Callable[[], bool]) -> Iterator[Samples]:
+    """The audio at 24 kHz, in pieces as they are ready. The work stops once `cancelled`, with RequestCancelled.
 
     Raises UserError for texts that cannot be spoken, PermanentError where nothing came.
     """
@@ -50,6 +50,7 @@ def speak(backend: Backend, words: Words) -> Iterator[Samples]:
         "tokenizer",
         {"audio": words.reference.samples},
         parameters={"sample_rate_hz": words.reference.sample_rate_hz, "trim_before_mel": False},
+        cancelled=cancelled,
         priority=FIRST_PRIORITY,
     )
     prompt_mixed = interleave(codes["linguistic"], codes["semantic"])
@@ -63,6 +64,7 @@ def speak(backend: Backend, words: Words) -> Iterator[Samples]:
         "llm",
         {"prompt": prompt},
         parameters={"temperature": words.temperature, "seed": words.seed, "max_groups": max_groups(text)},
+        cancelled=cancelled,
         priority=PRIORITY,
     )
     session, spoken = secrets.token_hex(16), False
@@ -80,6 +82,7 @@ def speak(backend: Backend, words: Words) -> Iterator[Samples]:
                 "cfg": words.cfg,
                 "seed": words.seed,
             },
+            cancelled=cancelled,
             priority=PRIORITY if spoken else FIRST_PRIORITY,
         ):
             audio = answer["audio"].astype(np.float32).reshape(-1)

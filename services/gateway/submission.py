@@ -95,14 +95,17 @@ def accept(gateway: Gateway, principal: Principal, submission: Submission, key: 
     backend.store.put(source_key(job.id), submission.recording.data)
     if request.webhook_url is not None:
         gateway.webhooks.remember(job.id)
+    created: Created | None = None
     try:
         created = backend.jobs.create(job, move.events, idempotency=idempotency)
-    except BaseException:
-        backend.store.delete_prefix(job_prefix(job.id))
-        raise
+    finally:
+        if created is None or not created.is_new:
+            backend.store.delete_prefix(job_prefix(job.id))
+            gateway.webhooks.forget(job.id)
     if not created.is_new:
-        backend.store.delete_prefix(job_prefix(job.id))
         return created
+    if request.webhook_url is not None:
+        gateway.webhooks.watch(job.id)
     edit = request.edit.type if request.edit else "none"
     gateway.metrics.accepted.labels(request.lane, edit).inc()
     with telemetry.log_fields(job_id=job.id):

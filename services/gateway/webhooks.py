@@ -75,6 +75,12 @@ class Webhooks:
             self._watched[job_id] = LOOK_MIN_S
             heapq.heappush(self._due, (time.monotonic() + LOOK_MIN_S, job_id))
 
+    def forget(self, job_id: str) -> None:
+        """There is nothing to tell, or no more."""
+        self._store.delete(_key(job_id))
+        with self._lock:
+            self._watched.pop(job_id, None)
+
     def start(self) -> None:
         """Begin sending, with what earlier gateways left behind."""
         self._thread.start()
@@ -138,7 +144,7 @@ class Webhooks:
                 return
             self._tell(job)
         except (JobNotFound, ArtifactNotFound):
-            self._forget(job_id)
+            self.forget(job_id)
         except EditxError as error:
             log.warning("the webhook of %s waits: %s", job_id, error)
             self._again(job_id, LOOK_MAX_S)
@@ -152,12 +158,12 @@ class Webhooks:
         self._metrics.webhooks.labels("sent" if outcome is None else "failed").inc()
         if outcome is None:
             log.info("the end of %s was told", job.id)
-            self._forget(job.id)
+            self.forget(job.id)
             return
         waits = self._settings.webhook_retries_s
         if attempts >= len(waits):
             log.error("the webhook of %s is given up after %d attempts: %s", job.id, attempts + 1, outcome)
-            self._forget(job.id)
+            self.forget(job.id)
             return
         wait_s = waits[attempts] * random.uniform(0.8, 1.2)
         log.warning("the webhook of %s failed, again in %.0f s: %s", job.id, wait_s, outcome)
@@ -189,11 +195,6 @@ class Webhooks:
     def _again(self, job_id: str, wait_s: float) -> None:
         with self._lock:
             heapq.heappush(self._due, (time.monotonic() + wait_s, job_id))
-
-    def _forget(self, job_id: str) -> None:
-        self._store.delete(_key(job_id))
-        with self._lock:
-            self._watched.pop(job_id, None)
 
     def _read(self, job_id: str) -> tuple[int, float]:
         record = json.loads(self._store.get(_key(job_id)))

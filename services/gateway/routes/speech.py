@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import random
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Generator, Iterator
 
-import numpy as np
 from fastapi import APIRouter, Response
 from fastapi.responses import StreamingResponse
 
@@ -20,8 +21,10 @@ from services.gateway.problems import NotFound, TooMuch, responses
 from services.gateway.recordings import Received
 from services.gateway.schemas import Recording, SpeechBody
 from services.gateway.speech import SAMPLE_RATE_HZ, Samples, Words, speak
-from services.gateway.threads import blocking, pulled
+from services.gateway.streaming import Streamed
+from services.gateway.threads import blocking
 from shared.errors import EditxError, UserError
+from shared.inference.port import RequestCancelled
 from shared.schemas.request import SEED_MAX
 
 router = APIRouter(prefix="/v1/audio", tags=["speech"])
@@ -51,23 +54,26 @@ async def create_speech(body: SpeechBody, gateway: GatewayOf, principal: PayingC
         gateway.metrics.refused.labels("speech").inc()
         raise TooMuch("As many speech answers as possible are being made.", "Come again shortly.", "overloaded",
                       retry_after_s=2.0)  # fmt: skip
-    began = time.perf_counter()
+    began, stop = time.perf_counter(), threading.Event()
     await gateway.speaking.acquire()
     try:
         voice = await blocking(_reference, gateway, principal.id, body)
         seed = random.randrange(SEED_MAX) if body.seed is None else body.seed
         text = body.reference_text or voice.text or ""
         words = Words(body.input, voice.waveform, text, seed, body.temperature, body.steps)
-        pieces = pulled(speak(gateway.backend, words))
-        first = await anext(pieces)  # what fails before the first audio is an ordinary problem
+        spoken = speak(gateway.backend, words, stop.is_set)
+        first = await blocking(next, spoken)  # what fails before the first audio is an ordinary problem
     except BaseException:
+        stop.set()
         gateway.speaking.release()
         raise
     gateway.metrics.first_audio_s.observe(time.perf_counter() - began)
-    spoken = _spoken(gateway, first, pieces)
+    pieces = _counted(gateway, first, spoken)
     if body.stream_format == "sse":
-        return StreamingResponse(_events(spoken, encoder), 200, HEADERS, CONTENT_TYPE)
-    return StreamingResponse(_audio(spoken, encoder), 200, media_type=CONTENT_TYPES[body.response_format])
+        sent, kind, headers = _events(pieces, encoder), CONTENT_TYPE, HEADERS
+    else:
+        sent, kind, headers = _audio(pieces, encoder), CONTENT_TYPES[body.response_format], {}
+    return Streamed(sent, stop, gateway.speaking.release, media_type=kind, headers=headers)
 
 
 def _refuse_what_is_missing(gateway: Gateway, body: SpeechBody) -> None:
@@ -87,41 +93,37 @@ def _reference(gateway: Gateway, owner: str, body: SpeechBody) -> Received:
     return gateway.recordings.receive(owner, source)
 
 
-async def _spoken(gateway: Gateway, first: Samples, pieces: AsyncIterator[Samples]) -> AsyncIterator[Samples]:
-    """All pieces, counted; gives the place back at the end, however it comes."""
-    try:
-        yield first
-        gateway.metrics.speech_s.inc(len(first) / SAMPLE_RATE_HZ)
-        async for piece in pieces:
-            gateway.metrics.speech_s.inc(len(piece) / SAMPLE_RATE_HZ)
-            yield piece
-    finally:
-        gateway.speaking.release()
-        await pieces.aclose()  # type: ignore[attr-defined]
+def _counted(gateway: Gateway, first: Samples, rest: Iterator[Samples]) -> Iterator[Samples]:
+    for piece in itertools.chain([first], rest):
+        gateway.metrics.speech_s.inc(len(piece) / SAMPLE_RATE_HZ)
+        yield piece
 
 
-async def _encoded(pieces: AsyncIterator[Samples], encoder: Encoder) -> AsyncIterator[tuple[bytes, int]]:
-    async for piece in pieces:
-        yield await blocking(encoder.push, np.ascontiguousarray(piece)), len(piece)
-    yield await blocking(encoder.finish), 0
-
-
-async def _audio(pieces: AsyncIterator[Samples], encoder: Encoder) -> AsyncIterator[bytes]:
-    async for data, _ in _encoded(pieces, encoder):
-        if data:
+def _audio(pieces: Iterator[Samples], encoder: Encoder) -> Generator[bytes, None, None]:
+    for piece in pieces:
+        if data := encoder.push(piece):
             yield data
+    if data := encoder.finish():
+        yield data
 
 
-async def _events(pieces: AsyncIterator[Samples], encoder: Encoder) -> AsyncIterator[bytes]:
+def _events(pieces: Iterator[Samples], encoder: Encoder) -> Generator[bytes, None, None]:
     samples = 0
     try:
-        async for data, count in _encoded(pieces, encoder):
-            samples += count
-            if data:
-                audio = base64.b64encode(data).decode()
-                yield sse("speech.audio.delta", {"type": "speech.audio.delta", "audio": audio})
+        for piece in pieces:
+            samples += len(piece)
+            if data := encoder.push(piece):
+                yield _delta(data)
+    except RequestCancelled:
+        raise
     except EditxError as error:
         yield sse("error", {"type": "error", "error": error.document()})
         return
+    if data := encoder.finish():
+        yield _delta(data)
     usage = {"audio_seconds": round(samples / SAMPLE_RATE_HZ, 3)}
     yield sse("speech.audio.done", {"type": "speech.audio.done", "usage": usage})
+
+
+def _delta(data: bytes) -> bytes:
+    return sse("speech.audio.delta", {"type": "speech.audio.delta", "audio": base64.b64encode(data).decode()})
