@@ -7,7 +7,6 @@ Weights in bfloat16 where a loader converts them, float32 in the ONNX files; a `
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from services.trainer.recipes.nano import flow, linguistic, llm, semantic, speaker, teacher, text_tokenizer
 from services.trainer.recipes.nano.run import Run
+from shared.checkpoints import manifest
 from shared.checkpoints.export import export_semantic_onnx, export_speaker_onnx, save_linguistic
 from shared.checkpoints.layout import DECODER_FOLDER, EDITX_FOLDER, LINGUISTIC_FOLDER, TOKENIZER_FOLDER
 from shared.models.flow import Flow, FlowConfig
@@ -109,10 +109,9 @@ def write_tokenizers(folder: Path) -> None:
 
 
 def write_sums(root: Path) -> None:
-    """SHA256SUMS of every other file, in the format of sha256sum."""
-    files = sorted(f for f in root.rglob("*") if f.is_file() and f.name != "SHA256SUMS")
-    lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.relative_to(root).as_posix()}" for f in files]
-    (root / "SHA256SUMS").write_text("\n".join(lines) + "\n")
+    """SHA256SUMS of every other file."""
+    files = [f for f in root.rglob("*") if f.is_file() and f.name != manifest.FILE]
+    manifest.write(root, {f.relative_to(root).as_posix(): manifest.sha256(f) for f in files})
 
 
 def main() -> None:

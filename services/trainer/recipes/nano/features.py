@@ -13,6 +13,7 @@ import json
 import sys
 import types
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ import soxr
 import torch
 
 from services.trainer.recipes.nano import assets
+from services.trainer.recipes.nano.run import pick_device
 from services.trainer.recipes.nano.whisper import WhisperEncoder
+from shared.audio.features import whisper_log_mel
 
 ARRAYS = {"audio": np.int16, "f0": np.float16, "last": np.float16, "middle": np.float16}
 WIDTH = {"audio": 1, "f0": 1, "last": 512, "middle": 512}
@@ -64,19 +67,23 @@ class F0Tracker:
 class Extractor:
     """One recording to the four arrays of a row."""
 
-    def __init__(self, found: assets.Assets) -> None:
-        from faster_whisper.feature_extractor import FeatureExtractor
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._whisper = WhisperEncoder.of_assets(str(device), torch.bfloat16)
 
-        self._mel = FeatureExtractor(feature_size=80)
-        self._whisper = WhisperEncoder(found.whisper, dtype=torch.bfloat16)
-        self._f0 = F0Tracker()
+    @cached_property
+    def _f0(self) -> F0Tracker:
+        return F0Tracker()
 
-    def __call__(self, audio_24k: np.ndarray, voiced: bool = True) -> dict[str, np.ndarray]:
-        """24 kHz float32 (n,) -> the arrays; a whisper is marked unvoiced throughout."""
+    def __call__(
+        self, audio_24k: np.ndarray, voiced: bool = True, f0: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """24 kHz float32 (n,) -> the arrays; a whisper is marked unvoiced throughout. `f0` (n / 240,) where known."""
         audio_16k = np.asarray(soxr.resample(audio_24k, 24_000, 16_000), np.float32)
-        mel = torch.from_numpy(self._mel(audio_16k, padding=0)[None].astype(np.float32))
-        middle, last = (x[0].float() for x in self._whisper(mel))
-        f0 = self._f0(audio_16k) if voiced else np.zeros(len(audio_16k) // 160, np.float32)
+        mel = whisper_log_mel(torch.from_numpy(audio_16k).to(self.device), bins=80)[None]
+        middle, last = (x[0].float().cpu() for x in self._whisper(mel))
+        if f0 is None:
+            f0 = self._f0(audio_16k) if voiced else np.zeros(len(audio_16k) // 160, np.float32)
         return {
             "audio": (np.clip(audio_24k, -1, 1) * 32767).astype(np.int16),
             "f0": f0.astype(np.float16),
@@ -97,15 +104,28 @@ def corpus_rows(folder: Path) -> Iterator[dict[str, Any]]:
     yield from sorted(rows, key=lambda row: row["index"])
 
 
-def write_shard(rows: list[dict[str, Any]], corpus: Path, target: Path, extract: Extractor) -> None:
+def known_pitch(corpus: Path) -> dict[int, np.ndarray]:
+    """F0 by row index, where it came with the corpus (`bundle`)."""
+    file = corpus / "f0.npz"
+    if not file.exists():
+        return {}
+    data = dict(np.load(file))
+    parts = np.split(data["f0"].astype(np.float32), np.cumsum(data["lengths"])[:-1])
+    return dict(zip(data["index"].tolist(), parts, strict=True))
+
+
+def write_shard(
+    rows: list[dict[str, Any]], corpus: Path, target: Path, extract: Extractor, known_f0: dict[int, np.ndarray]
+) -> None:
     """Extract the rows into one shard; the folder appears whole."""
     partial = target.with_suffix(".partial")
     partial.mkdir(parents=True, exist_ok=True)
     files = {name: (partial / f"{name}.bin").open("wb") for name in ARRAYS}
     offsets, index = dict.fromkeys(ARRAYS, 0), []
     for row in rows:
-        audio, _ = soundfile.read(corpus / f"{row['index']:07d}.flac", dtype="float32")
-        arrays = extract(audio, voiced=row["manner"] != "style/whisper")
+        recording = next(f for s in ("flac", "opus") if (f := corpus / f"{row['index']:07d}.{s}").exists())
+        audio, _ = soundfile.read(recording, dtype="float32")
+        arrays = extract(audio, row["manner"] != "style/whisper", known_f0.get(row["index"]))
         spans = {}
         for name, array in arrays.items():
             files[name].write(np.ascontiguousarray(array).tobytes())
@@ -162,11 +182,11 @@ def main() -> None:
     done = {row["index"] for row in Store(target, keep="all").rows}
     rows = [row for row in corpus_rows(corpus) if row["index"] not in done]
     number = len(list(target.glob("shard-?????"))) if target.exists() else 0
-    extract = Extractor(assets.prepare())
+    extract, known_f0 = Extractor(pick_device()), known_pitch(corpus)
     for start in range(0, len(rows), SHARD_ROWS):
         block = rows[start : start + SHARD_ROWS]
         if len(block) == SHARD_ROWS or arguments.partial:
-            write_shard(block, corpus, target / f"shard-{number:05d}", extract)
+            write_shard(block, corpus, target / f"shard-{number:05d}", extract, known_f0)
             number += 1
             print(f"shard {number}: {len(block)} rows", flush=True)
 

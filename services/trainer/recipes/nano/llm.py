@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.trainer.recipes.nano import assets, linguistic, semantic, text_tokenizer, texts
+from services.trainer.recipes.nano import assets, linguistic, plain, semantic, text_tokenizer, texts
 from services.trainer.recipes.nano.codes import VARIANTS, Coded
 from services.trainer.recipes.nano.run import Run, cosine, count_parameters, pick_device, set_lr
 from shared.codes import interleave
@@ -87,7 +87,8 @@ class Examples:
 
     def __init__(self, coded: Coded, tokenizer: TextTokenizer, recipe: LlmRecipe) -> None:
         self.tokenizer, self.recipe = tokenizer, recipe
-        self.items = [item | {f"{name}_mixed": interleave(*item[name]) for name in VARIANTS} for item in coded.items]
+        self.varied = [item | {f"{name}_mixed": interleave(*item[name]) for name in VARIANTS} for item in coded.items]
+        self.items = self.varied + [item | {"clean_mixed": interleave(*item["clean"])} for item in plain.items()]
         groups, voices = defaultdict(list), defaultdict(list)
         for item in self.items:
             groups[item["row"]["group"]].append(item)
@@ -130,7 +131,7 @@ class Examples:
     def clean(self, rng: np.random.Generator) -> tuple[list[int], list[float]]:
         """The recording in noise or with pauses, and the recording: denoise and vad. The first thing learned of
         them is to copy."""
-        item = self.items[int(rng.integers(len(self.items)))]
+        item = self.varied[int(rng.integers(len(self.varied)))]
         edit, source = (Edit(type="denoise"), "noisy") if rng.random() < 0.6 else (Edit(type="vad"), "paused")
         return self._answered(edit_turns(edit, None, item[f"{source}_mixed"]), item)
 

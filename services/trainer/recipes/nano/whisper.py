@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from services.trainer.recipes.nano import assets
+
 _DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
+ENCODER_FILE = "whisper-encoder.npz"
 HIDDEN = 512
 HEADS = 8
 LAYERS = 6
@@ -52,14 +55,21 @@ def read_ctranslate2(path: Path) -> dict[str, np.ndarray]:
 class WhisperEncoder:
     """Log mel (B, 80, T at 100 Hz) to hidden states at 50 Hz, unpadded windows of up to 30 s."""
 
-    def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        variables = read_ctranslate2(folder / "model.bin")
+    def __init__(self, variables: dict[str, np.ndarray], device: str, dtype: torch.dtype) -> None:
         self._weights = {
             name.removeprefix("encoder/"): torch.from_numpy(np.array(value, np.float32)).to(device, dtype)
             for name, value in variables.items()
             if name.startswith("encoder/") and value.ndim
         }
         self.device, self.dtype = device, dtype
+
+    @classmethod
+    def of_assets(cls, device: str, dtype: torch.dtype) -> WhisperEncoder:
+        """The encoder alone, if a bundle brought it, else the one of the fetched package."""
+        alone = assets.data_dir() / ENCODER_FILE
+        if alone.exists():
+            return cls(dict(np.load(alone)), device, dtype)
+        return cls(read_ctranslate2(assets.prepare().whisper / "model.bin"), device, dtype)
 
     @torch.inference_mode()
     def __call__(self, mel: Tensor, middle: int = 3) -> tuple[Tensor, Tensor]:
