@@ -1,4 +1,5 @@
-"""Finds jobs that nobody will move on and puts them back on the bus; forgets expired ones with their artifacts.
+"""Finds jobs that nobody will move on and puts them back on the bus; forgets expired ones with their artifacts, and
+uploads that no job took within a day.
 
 It makes up for a gateway that died between storing a job and publishing it, a worker that died between two steps, and
 a bus that lost its records. A message too many does no harm. Several sweepers may run at once.
@@ -8,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 
 from shared.bus.port import Bus
 from shared.errors import EditxError, TransientError
 from shared.inference.port import DeadlineExceeded
 from shared.jobs import machine
 from shared.jobs.port import JobStore
-from shared.publishing import publish_step
+from shared.publishing import publish_result, publish_step
 from shared.retry import job_error
 from shared.schemas.job import Job
 from shared.schemas.route import job_prefix
@@ -22,6 +24,9 @@ from shared.store.port import ArtifactStore
 
 log = logging.getLogger(__name__)
 LEASE_S = 30.0
+UPLOADS = "uploads/"
+UPLOADS_KEEP_S = 86_400.0
+EXPIRE_EVERY_S = 600.0
 
 
 class Sweeper:
@@ -34,6 +39,7 @@ class Sweeper:
         self._interval_s = interval_s
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._expire_at = 0.0
 
     def start(self) -> None:
         """Begin sweeping in the background."""
@@ -60,6 +66,9 @@ class Sweeper:
                 log.warning("job %s could not be put back: %s", job.id, error)
         for job_id in self._jobs.purge(self._jobs.now()):
             self._store.delete_prefix(job_prefix(job_id))
+        if time.monotonic() >= self._expire_at:
+            self._expire_at = time.monotonic() + EXPIRE_EVERY_S
+            self._store.expire(UPLOADS, UPLOADS_KEEP_S)
         return moved
 
     def _put_back(self, job: Job) -> bool:
@@ -77,7 +86,8 @@ class Sweeper:
         index = job.step_index
         held = machine.apply(self._jobs, job.id, lambda job, now: machine.acquire(job, index, "sweeper", LEASE_S, now))
         error = job_error(DeadlineExceeded(f"The deadline passed while the job waited for its step {index}."))
-        machine.apply(self._jobs, job.id, lambda job, now: machine.fail(job, held.last_token, error, now))
+        failed = machine.apply(self._jobs, job.id, lambda job, now: machine.fail(job, held.last_token, error, now))
+        publish_result(self._bus, failed)
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval_s):

@@ -225,10 +225,6 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]
         except KafkaError as error:
             raise _unavailable(self._servers, error) from error
 
-    def rewind(self, partition: Partition, offset: int) -> None:
-        if partition in self._assigned:
-            self._consumer.seek(_kafka(partition), offset)
-
     def assignment(self) -> frozenset[Partition]:
         return self._assigned
 

@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shared.bus.port import BusUnavailable, CommitRefused, Delivery, Headers, Moved, Partition
+from shared.schemas.exchange import RESULTS
 
 DEAD_LETTER_PREFIX = "editx.dlq."
 
@@ -61,6 +62,8 @@ class MemoryBus:
     def publish(self, topic: str, key: str, value: bytes, headers: Headers = ()) -> None:
         partition = Partition(topic, zlib.crc32(key.encode()) % self._partitions)
         with self.changed:
+            if topic == RESULTS and not any(topic in group.topics for group in self._groups.values()):
+                return
             log = self._log(partition)
             if topic.startswith(DEAD_LETTER_PREFIX):
                 log.drop_until(log.end - self._capacity + 1)
@@ -180,10 +183,6 @@ class MemorySubscription:
 
     def commit(self, positions: Mapping[Partition, int]) -> None:
         self._bus.commit(self, positions)
-
-    def rewind(self, partition: Partition, offset: int) -> None:
-        if partition in self._positions:
-            self._positions[partition] = offset
 
     def assignment(self) -> frozenset[Partition]:
         return frozenset(self._positions)

@@ -77,10 +77,6 @@ class Subscription(Protocol):
         """
         ...
 
-    def rewind(self, partition: Partition, offset: int) -> None:
-        """Read an assigned partition again from `offset`, without a commit."""
-        ...
-
     def assignment(self) -> frozenset[Partition]:
         """The partitions that this member reads now."""
         ...

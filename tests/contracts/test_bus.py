@@ -121,16 +121,6 @@ def test_a_paused_partition_gives_nothing_until_it_is_resumed(bus: Bus, topic: s
     reader.close()
 
 
-def test_a_rewound_partition_gives_its_records_again(bus: Bus, topic: str, group: str) -> None:
-    bus.publish(topic, "job-1", b"first")
-    bus.publish(topic, "job-1", b"second")
-    reader = bus.subscribe([topic], group)
-    first, _ = read(reader, 2)
-    reader.rewind(first.partition, first.offset)
-    assert [record.value for record in read(reader, 2)] == [b"first", b"second"]
-    reader.close()
-
-
 def test_a_commit_after_leaving_is_refused_or_changes_nothing_that_others_did(bus: Bus, topic: str, group: str) -> None:
     bus.publish(topic, "job-1", b"work")
     gone = bus.subscribe([topic], group)

@@ -418,6 +418,17 @@ def test_the_sweeper_fails_late_jobs_and_forgets_expired_ones(world: World) -> N
     assert list(world.store.list(f"jobs/{late.job.id}/")) == []
 
 
+def test_the_sweeper_forgets_uploads_of_yesterday(tmp_path: Path) -> None:
+    now = time.time()
+    store = FolderStore(tmp_path, clock=lambda: now)
+    store.put("uploads/ann/1", b"x")
+    Sweeper(MemoryJobStore(), MemoryBus(), store).sweep()
+    assert store.get("uploads/ann/1") == b"x"
+    now += 100_000
+    Sweeper(MemoryJobStore(), MemoryBus(), store).sweep()
+    assert list(store.list("uploads/")) == []
+
+
 def test_progress_is_told_and_never_falls(world: World) -> None:
     def tell(step: StepContext) -> None:
         step.progress(0.5, "halfway")
