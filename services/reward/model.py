@@ -9,7 +9,7 @@ import torch
 
 from services.reward.settings import RewardSettings
 from shared.checkpoints.layout import Checkpoint
-from shared.checkpoints.reward import load_reward
+from shared.checkpoints.reward import load_reward, reward_folder
 from shared.checkpoints.step1 import load_text_tokenizer
 from shared.errors import UserError
 from shared.inference.port import InferenceRequest, Tensors
@@ -33,7 +33,7 @@ class RewardModel:
         self._settings = settings or RewardSettings()
         chosen = device or self._settings.device
         self.model, self.aggregate = load_reward(checkpoint, dtype=DTYPES[self._settings.dtype], device=chosen)
-        self._tokenizer = load_text_tokenizer(checkpoint)
+        self._tokenizer = load_text_tokenizer(Checkpoint(reward_folder(checkpoint)))
 
     @torch.inference_mode()
     def infer(self, requests: Sequence[InferenceRequest]) -> list[Tensors | Exception]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from shared.codes import AUDIO_VOCAB, GROUP, LINGUISTIC_PER_GROUP, LINGUISTIC_SIZE, Codes
 from shared.models.step1 import Step1
+from shared.models.step1_attention import KVCache
 
 Ids = npt.NDArray[np.int64]
 STATIC_SPAN = 512
@@ -74,7 +75,7 @@ def _draw_together(
     longest = max(len(p) + g * GROUP + 1 for p, g in zip(prompts, max_groups, strict=True))
     capacity = -(-(longest + 1) // STATIC_SPAN) * STATIC_SPAN
     cache = model.new_cache(slots=count, capacity=capacity, zeroed=True)
-    hidden = torch.stack([model.prefill(torch.from_numpy(p), cache, slot) for slot, p in enumerate(prompts)])
+    hidden = _prefill(model, prompts, cache)
     limit = torch.tensor(max_groups, device=device)
     steps = max(max_groups) * GROUP
     tokens = torch.zeros(count, steps, dtype=torch.long, device=device)
@@ -99,6 +100,20 @@ def _draw_together(
         positions = torch.where(done, positions, positions + 1)
     rows, kept, own = tokens.cpu().numpy(), lengths.tolist(), ended.tolist()
     return [Answer(rows[i, : kept[i]].astype(np.int32), own[i]) for i in range(count)]
+
+
+def _prefill(model: Step1, prompts: Sequence[Ids], cache: KVCache) -> Tensor:
+    """Hidden states of the prompts' last tokens, (n, hidden); a prompt that is asked again is read once."""
+    first: dict[bytes, int] = {}
+    states: list[Tensor] = []
+    for slot, prompt in enumerate(prompts):
+        known = first.setdefault(prompt.tobytes(), slot)
+        if known == slot:
+            states.append(model.prefill(torch.from_numpy(prompt), cache, slot))
+        else:
+            cache.restore(slot, 0, cache.snapshot(known, 0, len(prompt)))
+            states.append(states[known])
+    return torch.stack(states)
 
 
 def _pick(

@@ -13,7 +13,16 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from shared.codes import GROUP_S, Codes, split
 from shared.errors import EditxError, UserError
@@ -53,13 +62,17 @@ class Side(BaseModel):
     text: str = Field(min_length=1)
     mixed: MixedCodes
     audio: str | None = Field(default=None, description="Path or artifact key of the recording.")
-    sha256: str = Field(default="", description="Of the recording's samples, or of the tokens where there is none.")
+    sha256: str = Field(
+        default_factory=lambda known: hash_codes(known["mixed"]) if "mixed" in known else "",
+        description="Of the recording's samples, or of the tokens where there is none.",
+    )
 
-    @model_validator(mode="after")
-    def _words_and_hash(self) -> Self:
-        if not self.text.strip():
+    @field_validator("text")
+    @classmethod
+    def _has_words(cls, text: str) -> str:
+        if not text.strip():
             raise ValueError("the text is blank")
-        return self if self.sha256 else self.model_copy(update={"sha256": hash_codes(self.mixed)})
+        return text
 
     @property
     def seconds(self) -> float:

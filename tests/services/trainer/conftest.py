@@ -30,9 +30,11 @@ def make_row(number: int, *, detail: str = "happy", rejected: bool = False, marg
     """An emotion edit whose answers have low semantic codes when it is good and high ones when it is not."""
     target = Side(text=TEXT, mixed=random_codes(3, number + 1000, 0, 8))
     worse = Side(text=TEXT, mixed=random_codes(3, number + 2000, 8, 16)) if rejected else None
-    return Row(id=f"row-{number}", edit=Edit(type="emotion", detail=detail),
-               source=Side(text=TEXT, mixed=random_codes(3, number)), target=target, rejected=worse,
-               speaker=f"speaker-{number % 3}", language="en", licence="CC0-1.0", origin="random", margin=margin)  # fmt: skip
+    return Row(
+        id=f"row-{number}", edit=Edit(type="emotion", detail=detail), target=target, rejected=worse, margin=margin,
+        source=Side(text=TEXT, mixed=random_codes(3, number)), speaker=f"speaker-{number % 3}", language="en",
+        licence="CC0-1.0", origin="random",
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
