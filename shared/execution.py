@@ -20,7 +20,7 @@ from shared.inference.port import DeadlineExceeded, RequestCancelled
 from shared.jobs import machine
 from shared.jobs.machine import Fenced, FutureStep, JobClosed, NotNow, StaleStep
 from shared.jobs.port import JobNotFound, JobStore
-from shared.publishing import publish_failed, publish_step, publish_unreadable
+from shared.publishing import publish_failed, publish_result, publish_step, publish_unreadable
 from shared.retry import RetryPolicy, job_error
 from shared.schemas.job import Job, JobError, JobState
 from shared.schemas.messages import BusMessage
@@ -182,7 +182,9 @@ class Execution:
             telemetry.instruments().rtf.record(rtf, {"editx.step.kind": job.step.kind})
         moved = self._persist(job, lambda job, now: machine.advance(job, token, now, metrics))
         self.held = None
-        if not moved.is_terminal:
+        if moved.is_terminal:
+            publish_result(self._bus, moved)
+        else:
             publish_step(self._bus, self._jobs, moved)
         return DONE
 
@@ -190,7 +192,7 @@ class Execution:
         """The handler gave up: the job was cancelled, the worker drains, or the lease is gone."""
         token = job.last_token
         if self._jobs.get(job.id).cancel_requested:
-            self._persist(job, lambda job, now: machine.close_cancelled(job, token, now))
+            publish_result(self._bus, self._persist(job, lambda job, now: machine.close_cancelled(job, token, now)))
             return DONE
         if self._draining or self.stop.is_set():
             self._persist(job, lambda job, now: machine.release(job, token, now))
@@ -213,17 +215,20 @@ class Execution:
 
     def _fail(self, job: Job, error: JobError) -> Verdict:
         token = job.last_token
-        self._persist(job, lambda job, now: machine.fail(job, token, error, now))
+        failed = self._persist(job, lambda job, now: machine.fail(job, token, error, now))
         if error.dead_letter:
             publish_failed(self._bus, self._delivery, error)
+        publish_result(self._bus, failed)
         return DONE
 
     def _after_the_end(self, message: BusMessage) -> Verdict:
-        """The job has ended. If it failed here and the worker died before the dead letter was out, it is sent now."""
+        """The job has ended. What a worker that died may not have sent, a dead letter or the result, is sent now."""
         job = self._jobs.get(message.job_id)
         failed_here = job.state == JobState.FAILED and job.step_index == message.step_index
         if failed_here and job.error is not None and job.error.dead_letter:
             publish_failed(self._bus, self._delivery, job.error)
+        if message.step_index >= job.step_index - 1:
+            publish_result(self._bus, job)
         return DONE
 
     def _after_the_step(self, message: BusMessage) -> Verdict:

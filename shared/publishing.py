@@ -9,6 +9,8 @@ from shared.bus.port import Bus, Delivery
 from shared.errors import EditxError
 from shared.jobs import machine
 from shared.jobs.port import JobStore
+from shared.retry import job_error
+from shared.schemas.exchange import RESULTS, Result, Submission
 from shared.schemas.job import Job, JobError
 from shared.schemas.messages import BusMessage
 from shared.schemas.route import DLQ_FAILED, DLQ_UNREADABLE
@@ -34,6 +36,26 @@ def publish_unreadable(bus: Bus, delivery: Delivery, error: EditxError) -> None:
 def publish_failed(bus: Bus, delivery: Delivery, error: JobError) -> None:
     """Put the message of a failed step aside, with the reason and its origin in the headers."""
     _publish(bus, DLQ_FAILED, delivery, error.code, error.message)
+
+
+def publish_result(bus: Bus, job: Job) -> None:
+    """Tell on the topic of results how a job ended. It may be told twice; readers go by the job's id."""
+    _publish_document(bus, job.id, Result.of(job), job.trace)
+
+
+def publish_rejection(bus: Bus, submission: Submission, error: EditxError) -> None:
+    """Tell on the topic of results that a submission did not become a job, and why."""
+    result = Result(
+        submission_id=submission.submission_id, owner=submission.owner, state="rejected", error=job_error(error)
+    )
+    _publish_document(bus, submission.submission_id, result, {})
+
+
+def _publish_document(bus: Bus, key: str, result: Result, parent: dict[str, str]) -> None:
+    with telemetry.sending(RESULTS, key, parent=parent):
+        headers = {"content-type": "application/json", "schema-version": "1", **telemetry.inject()}
+        encoded = tuple((name, text.encode()) for name, text in headers.items())
+        bus.publish(RESULTS, key, result.model_dump_json().encode(), encoded)
 
 
 def _publish(bus: Bus, topic: str, delivery: Delivery, code: str, reason: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from shared.inference.wire import PRIORITY_LEVELS, SCALARS
+from shared.inference.wire import DEVICE, PRIORITY_LEVELS, SCALARS
 
 Form = Literal["cpu", "gpu"]
 Shape = tuple[int, ...]
@@ -30,12 +30,14 @@ class ModelSpec:
     """What the server must know of a model.
 
     `max_batch` requests of any lengths share a batch, waiting `delay_us` for each other; `queue` more may wait.
-    A `streams` model may give many answers to a request. `instances` is per device.
+    Inputs named in `optional` may be absent. A `streams` model may give many answers to a request. `instances` is per
+    device.
     """
 
     name: str
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
+    optional: tuple[str, ...] = ()
     streams: bool = False
     max_batch: Mapping[Form, int] = field(default_factory=lambda: {"cpu": 8, "gpu": 16})
     delay_us: int = 5_000
@@ -53,7 +55,7 @@ def render(spec: ModelSpec, form: Form) -> str:
         'backend: "python"',
         f"max_batch_size: {spec.max_batch[form]}",
         f"model_transaction_policy {{ decoupled: {str(spec.streams).lower()} }}",
-        *(_tensor("input", name, tensor) for name, tensor in spec.inputs.items()),
+        *(_tensor("input", name, tensor, name in spec.optional) for name, tensor in spec.inputs.items()),
         *(_tensor("output", name, tensor) for name, tensor in spec.outputs.items()),
         f"instance_group [ {{ count: {spec.instances} kind: {kind} }} ]",
         "dynamic_batching {\n"
@@ -67,7 +69,7 @@ def render(spec: ModelSpec, form: Form) -> str:
         "  }\n"
         "}",
         f'parameters {{ key: "{SCALARS}" value {{ string_value: "{scalars}" }} }}',
-        f'parameters {{ key: "device" value {{ string_value: "{"cpu" if form == "cpu" else "cuda"}" }} }}',
+        f'parameters {{ key: "{DEVICE}" value {{ string_value: "{"cpu" if form == "cpu" else "cuda"}" }} }}',
     ]
     return "\n".join(blocks) + "\n"
 
@@ -81,7 +83,8 @@ def write(spec: ModelSpec, folder: Path) -> list[Path]:
     return list(files)
 
 
-def _tensor(side: Literal["input", "output"], name: str, tensor: Tensor) -> str:
+def _tensor(side: Literal["input", "output"], name: str, tensor: Tensor, optional: bool = False) -> str:
     dims = ", ".join(map(str, tensor.shape or (1,)))
     ragged = " allow_ragged_batch: true" if side == "input" and -1 in tensor.shape else ""
-    return f'{side} [ {{ name: "{name}" data_type: TYPE_{tensor.type} dims: [ {dims} ]{ragged} }} ]'
+    may_lack = " optional: true" if optional else ""
+    return f'{side} [ {{ name: "{name}" data_type: TYPE_{tensor.type} dims: [ {dims} ]{ragged}{may_lack} }} ]'

@@ -21,14 +21,14 @@ import triton_python_backend_utils as pb  # exists inside the server only
 
 from shared import telemetry
 from shared.inference.port import InferenceRequest, InferenceUnavailable, Model, RequestCancelled, Tensors
-from shared.inference.wire import CALL, Call, pack_error
+from shared.inference.wire import CALL, DEVICE, Call, pack_error
 
 log = logging.getLogger(__name__)
 CANCEL_CHECK_S = 0.02
 
 
-def shim(make: Callable[[], Model], *, concurrent: bool = False) -> type:
-    """The class `TritonPythonModel` over the model that `make` makes.
+def shim(make: Callable[[str], Model], *, concurrent: bool = False) -> type:
+    """The class `TritonPythonModel` over the model that `make` makes for a device ("cpu", "cuda:0").
 
     A `concurrent` model batches for itself: each request gets a thread. Any other is called by one thread with all
     requests that the server batched.
@@ -49,7 +49,7 @@ def shim(make: Callable[[], Model], *, concurrent: bool = False) -> type:
             self.end_telemetry = telemetry.configure(
                 f"triton-{args['model_name']}", spans_file=spans_file, otlp_endpoint=endpoint or None
             )
-            self.model = make()
+            self.model = make(_device(config, args))
             self.pool = ThreadPoolExecutor(256 if concurrent else 1, thread_name_prefix="shim")
 
         def execute(self, requests: list[Any]) -> list[Any] | None:
@@ -164,6 +164,11 @@ class _Seldom:
                 self._answer = bool(self._ask())
                 self._next_at = time.monotonic() + CANCEL_CHECK_S
             return self._answer
+
+
+def _device(config: dict[str, Any], args: dict[str, str]) -> str:
+    kind = str(config.get("parameters", {}).get(DEVICE, {}).get("string_value", "cpu"))
+    return f"cuda:{args['model_instance_device_id']}" if kind == "cuda" else kind
 
 
 def _array(tensor: Any, is_batched: bool) -> Any:

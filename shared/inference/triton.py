@@ -9,15 +9,15 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-import grpc
+import grpc  # type: ignore[import-untyped]
 import numpy as np
-from tritonclient.grpc import InferenceServerClient, InferResult, service_pb2, service_pb2_grpc
-from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+from tritonclient.grpc import InferenceServerClient, InferResult, model_config_pb2, service_pb2, service_pb2_grpc
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype, triton_to_np_dtype
 
 from shared import telemetry
 from shared.inference.port import (
@@ -47,6 +47,7 @@ class _Facts:
     is_decoupled: bool
     is_batched: bool
     scalars: frozenset[str]
+    inputs: Mapping[str, Any]
 
 
 class TritonInference:
@@ -158,6 +159,7 @@ class TritonInference:
                 is_decoupled=config.model_transaction_policy.decoupled,
                 is_batched=config.max_batch_size > 0,
                 scalars=frozenset(config.parameters[SCALARS].string_value.split(",")),
+                inputs={tensor.name: _dtype(tensor.data_type) for tensor in config.input},
             )
         return self._facts[model]
 
@@ -182,7 +184,7 @@ class TritonInference:
         if left_s is not None:
             request.parameters["timeout"].int64_param = max(int(left_s * 1e6), 1)
         for name, array in inputs.items():
-            ready = np.ascontiguousarray(array[None] if facts.is_batched else array)
+            ready = np.ascontiguousarray(array[None] if facts.is_batched else array, facts.inputs.get(name))
             tensor = request.inputs.add(name=name, datatype=np_to_triton_dtype(ready.dtype))
             tensor.shape.extend(ready.shape)
             request.raw_input_contents.append(ready.tobytes())
@@ -258,6 +260,10 @@ def _once_and_hold(request: Any, hold: threading.Event) -> Iterator[Any]:
     """One request, then an open stream until the answers are in: closing it would cancel nothing but end the call."""
     yield request
     hold.wait()
+
+
+def _dtype(data_type: int) -> Any:
+    return triton_to_np_dtype(model_config_pb2.DataType.Name(data_type).removeprefix("TYPE_"))
 
 
 def _tensors(response: Any, facts: _Facts) -> Tensors:

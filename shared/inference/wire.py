@@ -18,6 +18,8 @@ CALL = "editx"
 """The request parameter that holds everything about a call but its tensors."""
 SCALARS = "scalars"
 """The configuration parameter that names the outputs without an axis; the server knows none such."""
+DEVICE = "device"
+"""The configuration parameter that names the device to run on."""
 PRIORITY_LEVELS = 10
 """Level 1 goes first, as in Triton; the default is the last."""
 

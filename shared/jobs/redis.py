@@ -223,7 +223,7 @@ class RedisJobStore:
 
     def _server_time(self) -> float:
         with self._errors():
-            seconds, micros = cast("tuple[int, int]", self._redis.time())
+            seconds, micros = self._redis.time()
         return seconds + micros / 1e6
 
     @contextmanager

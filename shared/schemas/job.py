@@ -106,6 +106,7 @@ class Job(BaseModel):
     step_started_at: float | None = None
     timings: tuple[StepTiming, ...] = ()
     error: JobError | None = None
+    reference: str = Field(default="", description="What the submitter calls the job; it comes back with the result.")
     trace: dict[str, str] = Field(
         default_factory=dict, description="W3C trace context of the request that made the job."
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from io import BytesIO, RawIOBase
@@ -69,7 +69,7 @@ class S3Store:
     ) -> None:
         self._bucket = bucket
         self._endpoint = endpoint
-        keys = {"access_key": access_key or None, "secret_key": secret_key or None, "region": region}
+        keys: dict[str, Any] = {"access_key": access_key or None, "secret_key": secret_key or None, "region": region}
         pool = urllib3.PoolManager(
             maxsize=16,
             timeout=urllib3.Timeout(connect=3.0, read=30.0),
@@ -165,7 +165,7 @@ class S3Store:
                 ]  # fmt: skip
                 self._client.set_bucket_lifecycle(bucket_name=self._bucket, config=LifecycleConfig(rules))
 
-    def _remove(self, keys: list[str]) -> int:
+    def _remove(self, keys: Sequence[str]) -> int:
         with self._errors("the listed objects"):
             failed = list(
                 self._client.remove_objects(

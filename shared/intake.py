@@ -1,0 +1,151 @@
+"""Takes edits that are submitted over the bus: each submission becomes one job, and its first step is published.
+
+The submission's offset is committed when its job is stored, so none is lost; its id makes the job idempotent, so none
+is done twice. A submission that cannot become a job is answered on the topic of results; one that cannot be read goes
+to the dead letters. Knows nothing about HTTP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections import deque
+
+from shared import telemetry
+from shared.bus.port import Bus, Delivery, Partition, Subscription
+from shared.errors import EditxError, PoisonError, TransientError
+from shared.jobs import machine
+from shared.jobs.port import Idempotency, IdempotencyConflict, JobStore
+from shared.publishing import publish_rejection, publish_result, publish_step, publish_unreadable
+from shared.schemas.exchange import SUBMISSIONS, Submission
+from shared.schemas.job import Job, new_job_id
+from shared.schemas.messages import TRACE_HEADERS
+from shared.schemas.request import JobRequest
+from shared.schemas.route import job_prefix, source_key
+from shared.store.port import ArtifactStore
+from shared.tags import check_tag, check_text_tags
+
+log = logging.getLogger(__name__)
+GROUP = "editx-intake"
+BATCH = 16
+AGAIN_S = 1.0
+
+
+class Intake:
+    """Reads submissions until it is told to stop. Several may run at once."""
+
+    def __init__(
+        self, bus: Bus, store: ArtifactStore, jobs: JobStore, *, keep_s: float | None = None, poll_s: float = 0.25
+    ) -> None:
+        self._bus = bus
+        self._store = store
+        self._jobs = jobs
+        self._keep_s = keep_s
+        self._poll_s = poll_s
+        self._pending: deque[Delivery] = deque()
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        """Work until `stop`."""
+        reader = self._bus.subscribe([SUBMISSIONS], GROUP, on_revoked=self._forget)
+        try:
+            while not self._stopping.is_set():
+                if self._pending:
+                    reader.pause(reader.assignment())
+                else:
+                    reader.resume(reader.assignment())
+                self._pending += reader.poll(AGAIN_S if self._pending else self._poll_s, max_records=BATCH)
+                self._work(reader)
+        finally:
+            reader.close()
+
+    def stop(self) -> None:
+        """Take nothing more. Returns at once."""
+        self._stopping.set()
+
+    def accept(self, submission: Submission, trace: dict[str, str] | None = None) -> Job:
+        """The job of a submission, stored and with its first step published; an earlier one if it came before.
+
+        Raises UserError for one that cannot be done, TransientError when something is away.
+        """
+        job_id, request = new_job_id(), _published(submission.request)
+        key = request.source_key or source_key(job_id)
+        if submission.audio is not None:
+            self._store.put(key, submission.audio)
+        elif request.edit is not None:
+            self._store.stat(key)
+        moved = machine.accept(
+            request, self._jobs.now(), job_id=job_id, owner=submission.owner, trace=trace, keep_s=self._keep_s
+        )
+        job = moved.job.model_copy(update={"reference": submission.submission_id})
+        once = Idempotency(f"submission:{submission.submission_id}", _fingerprint(submission))
+        try:
+            created = self._jobs.create(job, moved.events, idempotency=once)
+        except IdempotencyConflict:
+            self._store.delete_prefix(job_prefix(job_id))
+            raise
+        if created.is_new:
+            return publish_step(self._bus, self._jobs, created.job)
+        self._store.delete_prefix(job_prefix(job_id))
+        if created.job.is_terminal:
+            publish_result(self._bus, created.job)
+        return created.job
+
+    def _work(self, reader: Subscription) -> None:
+        """Accept what came, in order; what waits for something that is away stays pending."""
+        done: dict[Partition, int] = {}
+        while self._pending:
+            delivery = self._pending[0]
+            try:
+                self._one(delivery)
+            except TransientError as error:
+                log.warning("the submission at %s offset %d waits: %s", delivery.partition, delivery.offset, error)
+                break
+            done[delivery.partition] = delivery.offset + 1
+            self._pending.popleft()
+        try:
+            if done:
+                reader.commit(done)
+        except TransientError as error:
+            log.warning("commit of %s put off: %s", done, error)
+
+    def _forget(self, partitions: frozenset[Partition]) -> None:
+        self._pending = deque(delivery for delivery in self._pending if delivery.partition not in partitions)
+
+    def _one(self, delivery: Delivery) -> None:
+        headers = {name: value.decode("utf-8", "replace") for name, value in delivery.headers if name in TRACE_HEADERS}
+        place = {"group": GROUP, "partition": delivery.partition.number, "offset": delivery.offset}
+        with telemetry.processing(delivery.topic, headers, job_id=delivery.key, attempt=1, **place):  # type: ignore[arg-type]
+            try:
+                submission = Submission.from_record(delivery.value)
+            except PoisonError as error:
+                log.error("unreadable submission at %s offset %d: %s", delivery.partition, delivery.offset, error)
+                publish_unreadable(self._bus, delivery, error)
+                return
+            try:
+                job = self.accept(submission, telemetry.inject() or headers)
+            except TransientError:
+                raise
+            except EditxError as error:
+                log.warning("the submission %s was rejected: %s", submission.submission_id, error)
+                publish_rejection(self._bus, submission, error)
+            else:
+                log.info("the submission %s is the job %s", submission.submission_id, job.id)
+
+
+def _published(request: JobRequest) -> JobRequest:
+    """The request with its tags in published spelling. Raises UserError for one that nobody knows."""
+    edit = request.edit
+    if edit is None:
+        return request
+    changes = {}
+    if edit.detail is not None:
+        changes["detail"] = check_tag(edit.type, edit.detail)
+    if edit.target_text is not None:
+        changes["target_text"] = check_text_tags(edit.target_text)
+    return request.model_copy(update={"edit": edit.model_copy(update=changes)})
+
+
+def _fingerprint(submission: Submission) -> str:
+    return hashlib.sha256(submission.model_dump_json().encode()).hexdigest()
