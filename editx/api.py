@@ -158,7 +158,7 @@ class Editor:
         codes = self.system.inference.infer(
             "tokenizer",
             {"audio": recording.samples},
-            parameters={"sample_rate_hz": recording.sample_rate_hz, "trim_before_mel": False},
+            parameters={"sample_rate_hz": recording.sample_rate_hz},
         )
         return Tokenized(
             codes["linguistic"], codes["semantic"], codes["speaker_embedding"], codes["prompt_mel"],

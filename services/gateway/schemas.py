@@ -56,7 +56,9 @@ class EditBody(Recording):
     seed: int | None = Field(default=None, ge=0, le=SEED_MAX, description="Drawn if it is left out.")
     generate: GenerateSettings = Field(default_factory=GenerateSettings)
     decode: DecodeSettings = Field(default_factory=DecodeSettings)
-    trim_before_mel: bool = False
+    trim_before_mel: bool | None = Field(
+        default=None, description="Cut silence from the reference mel as from the codes; left out, the checkpoint decides."
+    )
     format: AudioFormat = "wav"
     lane: Lane = "interactive"
     timeout_s: float | None = Field(default=None, gt=0.0, le=86_400.0)

@@ -49,7 +49,7 @@ def speak(backend: Backend, words: Words, cancelled: Callable[[], bool]) -> Iter
     codes = inference.infer(
         "tokenizer",
         {"audio": words.reference.samples},
-        parameters={"sample_rate_hz": words.reference.sample_rate_hz, "trim_before_mel": False},
+        parameters={"sample_rate_hz": words.reference.sample_rate_hz},
         cancelled=cancelled,
         priority=FIRST_PRIORITY,
     )

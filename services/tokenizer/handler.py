@@ -34,10 +34,7 @@ class TokenizeHandler:
         codes = self._inference.infer(
             MODEL,
             {"audio": recording.samples},
-            parameters={
-                "sample_rate_hz": recording.sample_rate_hz,
-                "trim_before_mel": bool(step.step.parameters["trim_before_mel"]),
-            },
+            parameters={"sample_rate_hz": recording.sample_rate_hz, **step.step.parameters},
             deadline=step.deadline,
             cancelled=step.cancelled,
             priority=step.priority,

@@ -66,6 +66,8 @@ class TokenizerModel:
         self.semantic = load_semantic(checkpoint, device=device, threads=threads)
         self.speaker = load_speaker(checkpoint, threads=threads)
         self.mel_config = load_mel_config(checkpoint)
+        chosen = settings.trim_before_mel
+        self.trim_before_mel = checkpoint.metadata.trim_before_mel if chosen is None else chosen
         self.stage_s: dict[str, float] = {}
         self._cache = _Cache(settings.cache_entries)
 
@@ -87,7 +89,7 @@ class TokenizerModel:
     def _check(self, request: InferenceRequest) -> _Recording | Exception:
         try:
             audio, rate = request.inputs["audio"], request.parameters["sample_rate_hz"]
-            trims = request.parameters.get("trim_before_mel", self.settings.trim_before_mel)
+            trims = request.parameters.get("trim_before_mel", self.trim_before_mel)
         except KeyError as error:
             return UserError(f"The tokenizer got no {error.args[0]!r}.",
                              "Send the input 'audio' and the parameter 'sample_rate_hz'.")  # fmt: skip

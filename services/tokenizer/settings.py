@@ -18,8 +18,8 @@ class TokenizerSettings(BaseSettings):
     onnx_threads: int = Field(default=0, ge=0, description="Threads of each ONNX session; 0 lets onnxruntime choose.")
     cache_entries: int = Field(default=64, ge=0, description="Recordings whose result is kept in memory.")
     max_duration_s: float = Field(default=120.0, gt=0, description="Longest recording that is taken.")
-    trim_before_mel: bool = Field(
-        default=False,
+    trim_before_mel: bool | None = Field(
+        default=None,
         description="Cut silence from the prompt mel as from the codes. Better aligned than the published front end, "
-        "which cuts the codes only; a request can choose for itself.",
+        "which cuts the codes only. Left out, the checkpoint decides; a request can choose for itself.",
     )

@@ -57,13 +57,17 @@ class TrainedOn(BaseModel):
 
 
 class Metadata(BaseModel):
-    """Contents of ``editx.json``. ``trained_on`` is None for a release that does not say: take the published edits."""
+    """Contents of ``editx.json``. ``trained_on`` is None for a release that does not say: take the published edits.
+
+    ``trim_before_mel`` says that the flow learned from reference mels cut like their codes; the official one did not.
+    """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     name: str
     version: str = "unknown"
     trained_on: TrainedOn | None = None
+    trim_before_mel: bool = False
 
     def knows(self, edit_type: str, detail: str | None = None) -> bool:
         """Whether this checkpoint was trained on an edit type (and detail, such as ``emotion`` and ``happy``).

@@ -67,7 +67,9 @@ class JobRequest(BaseModel):
     seed: int = Field(default=0, ge=0, le=SEED_MAX)
     generate: GenerateSettings = Field(default_factory=GenerateSettings)
     decode: DecodeSettings = Field(default_factory=DecodeSettings)
-    trim_before_mel: bool = Field(default=False, description="Trim silence before the reference mel as well.")
+    trim_before_mel: bool | None = Field(
+        default=None, description="Cut silence from the reference mel as from the codes; left out, the checkpoint decides."
+    )
     format: AudioFormat = "wav"
     lane: Lane = "interactive"
     timeout_s: float | None = Field(default=None, gt=0.0, description="The job fails when it takes longer.")

@@ -106,7 +106,7 @@ def _iteration(
         kind="tokenize",
         iteration=iteration,
         inputs={"audio": audio},
-        parameters={"trim_before_mel": request.trim_before_mel},
+        parameters={} if request.trim_before_mel is None else {"trim_before_mel": request.trim_before_mel},
     )
     tokens = tokenize.output_key(job_id, TOKENS)
     generate = Step(

@@ -124,9 +124,8 @@ def main() -> None:
     write_language_model(root / EDITX_FOLDER)
     write_decoder(decoder)
     write_tokenizers(tokenizer)
-    (root / "editx.json").write_text(
-        json.dumps({"name": "nano", "version": VERSION, "trained_on": TRAINED_ON}, indent=2) + "\n"
-    )
+    document = {"name": "nano", "version": VERSION, "trained_on": TRAINED_ON, "trim_before_mel": True}
+    (root / "editx.json").write_text(json.dumps(document, indent=2) + "\n")
     write_sums(root)
     print(f"{root}: {sum(f.stat().st_size for f in root.rglob('*') if f.is_file()) / 1e6:.1f} MB")
 
