@@ -57,7 +57,7 @@ class EditBody(Recording):
     generate: GenerateSettings = Field(default_factory=GenerateSettings)
     decode: DecodeSettings = Field(default_factory=DecodeSettings)
     trim_before_mel: bool | None = Field(
-        default=None, description="Cut silence from the reference mel as from the codes; left out, the checkpoint decides."
+        default=None, description="Cut silence from the reference mel too; left out, the checkpoint decides."
     )
     format: AudioFormat = "wav"
     lane: Lane = "interactive"
