@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import FastAPI
 
-from services.gateway import problems
+from services.gateway import openapi, problems
 from services.gateway.backend import Backend
 from services.gateway.gateway import Gateway
 from services.gateway.observe import Observed
@@ -39,10 +39,18 @@ def create_app(backend: Backend, settings: GatewaySettings | None = None) -> Fas
             await blocking(gateway.webhooks.stop)
             await blocking(backend.close)
 
-    app = FastAPI(title="editx", version=_version(), description=DESCRIPTION, lifespan=lifespan, redoc_url=None)
+    app = FastAPI(
+        title="editx",
+        version=_version(),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        redoc_url=None,
+        responses=problems.responses(422),
+    )
     app.state.gateway = gateway
     app.add_middleware(Observed, metrics=gateway.metrics, max_body=lambda _: settings.max_json_bytes)
     problems.install(app)
+    openapi.install(app)
     for router in ROUTERS:
         app.include_router(router)
     return app

@@ -19,6 +19,7 @@ from shared.errors import EditxError, TransientError, UserError
 
 log = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
+REF = "#/components/schemas/Problem"
 RETRY_AFTER_S = 2.0
 
 
@@ -97,7 +98,7 @@ class Problem(BaseModel):
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The `responses=` of a route that may answer with problems."""
     return {
-        status: {"description": HTTPStatus(status).phrase, "model": Problem, "content": {MEDIA_TYPE: {}}}
+        status: {"description": HTTPStatus(status).phrase, "content": {MEDIA_TYPE: {"schema": {"$ref": REF}}}}
         for status in statuses
     }
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
@@ -11,6 +9,7 @@ from services.gateway import bodies
 from services.gateway.dependencies import GatewayOf, IdempotencyKey, PayingCaller, WaitS, once
 from services.gateway.events import ended
 from services.gateway.gateway import Gateway
+from services.gateway.openapi import body
 from services.gateway.problems import responses
 from services.gateway.schemas import EDIT_EXAMPLE, EditBody, JobView
 from services.gateway.submission import Submission, accept, view
@@ -20,32 +19,13 @@ from shared.schemas import Job
 router = APIRouter(prefix="/v1/audio", tags=["edits"])
 
 
-def body_schema(model: type[Any], example: dict[str, Any], *parts: str) -> dict[str, Any]:
-    """The request body in OpenAPI: the model as JSON, and as a form with files in `parts`."""
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    flat = {name: {"type": "string"} for name in schema["properties"] if name not in ("generate", "decode", *parts)}
-    files = {name: {"type": "string", "format": "binary"} for name in parts}
-    content = {
-        "multipart/form-data": {
-            "schema": {
-                "type": "object", "properties": flat | files,
-                "required": list(schema.get("required", [])),
-                "additionalProperties": False,
-            },
-        },
-        "application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}, "example": example},
-    }  # fmt: skip
-    return {"requestBody": {"required": True, "content": content}}
-
-
 @router.post(
     "/edits",
     status_code=202,
     response_model=JobView,
     responses={200: {"model": JobView, "description": "Ended within the wait"},
                **responses(400, 401, 403, 404, 409, 413, 415, 422, 429, 503)},
-    openapi_extra=body_schema(EditBody, EDIT_EXAMPLE, "audio"),
+    openapi_extra=body(EditBody, EDIT_EXAMPLE, "audio"),
 )  # fmt: skip
 async def create_edit(
     request: Request, gateway: GatewayOf, principal: PayingCaller, key: IdempotencyKey, wait_s: WaitS
@@ -55,11 +35,11 @@ async def create_edit(
     Answers 202 with the job, or 200 with the finished job where `Prefer: wait=N` was long enough. Send JSON, or a form
     with the recording as the file `audio`.
     """
-    body = await bodies.read(request, gateway.settings.max_bytes)
-    edit = body.as_model(EditBody, "audio")
+    sent = await bodies.read(request, gateway.settings.max_bytes)
+    edit = sent.as_model(EditBody, "audio")
     await blocking(gateway.admission.jobs, principal, edit.lane)
     with once(gateway, principal, key):
-        recording = await blocking(gateway.recordings.receive, principal.id, edit, body.files.get("audio"))
+        recording = await blocking(gateway.recordings.receive, principal.id, edit, sent.files.get("audio"))
         created = await blocking(accept, gateway, principal, Submission(edit, recording), key)
     job, headers = created.job, {} if created.is_new else {"idempotency-replayed": "true"}
     wait_s = min(wait_s, gateway.settings.wait_max_s)

@@ -7,11 +7,10 @@ from typing import Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
-from services.gateway import bodies
+from services.gateway import bodies, openapi
 from services.gateway.dependencies import Caller, GatewayOf, PayingCaller
 from services.gateway.problems import responses
 from services.gateway.recordings import decoded
-from services.gateway.routes.edits import body_schema
 from services.gateway.schemas import Voice, VoiceBody
 from services.gateway.threads import blocking
 from services.gateway.voices import NewVoice
@@ -37,7 +36,7 @@ class VoiceList(BaseModel):
     "",
     status_code=201,
     responses=responses(400, 401, 404, 409, 413, 415, 422, 429, 503),
-    openapi_extra=body_schema(VoiceBody, EXAMPLE, "audio", "consent_recording"),
+    openapi_extra=openapi.body(VoiceBody, EXAMPLE, "audio", "consent_recording"),
 )
 async def create_voice(request: Request, gateway: GatewayOf, principal: PayingCaller) -> Voice:
     """Store a voice: a reference recording, what it says, and consent as a recording or as an attestation."""

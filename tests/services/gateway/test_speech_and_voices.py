@@ -123,6 +123,7 @@ def test_leaving_a_stream_stops_the_model_and_gives_the_place_back(tiny: Path, t
             chunks = answer.iter_raw()
             assert next(chunks)
             assert served.gateway.speaking.locked()
+            assert served.llm.held.wait(10)
         until = time.monotonic() + 10
         while served.gateway.speaking.locked() and time.monotonic() < until:
             time.sleep(0.02)
