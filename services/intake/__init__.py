@@ -1,0 +1,1 @@
+"""Takes edits from the bus, and puts jobs back that stopped moving."""

@@ -1,0 +1,32 @@
+"""The topics of the bus and the groups that read them: the constants that brokers and autoscalers are set up by.
+
+Knows names and numbers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from shared.schemas.exchange import RESULTS, SUBMISSIONS
+from shared.schemas.route import DLQ_FAILED, DLQ_UNREADABLE, LANES, StepKind, topic_for
+
+SERVICES: Mapping[str, StepKind] = {
+    "tokenizer": "tokenize", "llm": "generate", "reward": "score", "decoder": "decode", "trainer": "train",
+}  # fmt: skip
+"""Worker service to the kind of step that it does."""
+PARTITIONS = 32
+"""Of each topic that carries steps: at least the most workers that one service may have."""
+FEW_PARTITIONS = 4
+"""Of topics that are read by one process or by people."""
+
+
+def group_of(service: str) -> str:
+    """The group that the workers of a service read in."""
+    return f"editx-{service}"
+
+
+def topics(partitions: int = PARTITIONS) -> dict[str, int]:
+    """Every topic and its number of partitions."""
+    steps = {topic_for(kind, lane): partitions for kind in SERVICES.values() for lane in LANES}
+    others = [SUBMISSIONS, RESULTS, DLQ_UNREADABLE, DLQ_FAILED]
+    return {**steps, **{topic: min(FEW_PARTITIONS, partitions) for topic in others}}
