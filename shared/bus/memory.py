@@ -2,8 +2,8 @@
 committed.
 
 Nothing outlives the process: the job store and the sweeper make up for that. A partition holds a bounded number of
-records; a publisher waits for room and is refused after a while, except on the dead-letter topics, where the oldest
-record goes.
+records; a publisher waits for room and is refused after a while. On topics of dead letters and results, which hold no
+work, the oldest record goes instead as long as nobody reads them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from shared.bus.port import BusUnavailable, CommitRefused, Delivery, Headers, Moved, Partition
 from shared.schemas.exchange import RESULTS
 
-DEAD_LETTER_PREFIX = "editx.dlq."
+NEWS_PREFIXES = ("editx.dlq.", "editx.results")
+"""Topics that tell of something and hold no work: dead letters and results."""
 
 
 @dataclass
@@ -65,7 +66,7 @@ class MemoryBus:
             if topic == RESULTS and not any(topic in group.topics for group in self._groups.values()):
                 return
             log = self._log(partition)
-            if topic.startswith(DEAD_LETTER_PREFIX):
+            if topic.startswith(NEWS_PREFIXES) and not self._is_read(topic):
                 log.drop_until(log.end - self._capacity + 1)
             room = self.changed.wait_for(
                 lambda: self._closed or len(log.records) < self._capacity, self._publish_timeout_s
@@ -147,6 +148,9 @@ class MemoryBus:
             if member in members:
                 members.remove(member)
             self.changed.notify_all()
+
+    def _is_read(self, topic: str) -> bool:
+        return any(topic in member.topics for group in self._groups.values() for member in group.members)
 
     def _log(self, partition: Partition) -> _Log:
         return self._logs.setdefault(partition, _Log())
