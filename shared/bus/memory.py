@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from shared.bus.port import BusUnavailable, CommitRefused, Delivery, Headers, Moved, Partition
 from shared.schemas.exchange import RESULTS
 
-NEWS_PREFIXES = ("editx.dlq.", "editx.results")
+NEWS = ("editx.dlq.", RESULTS)
 """Topics that tell of something and hold no work: dead letters and results."""
 
 
@@ -63,10 +63,8 @@ class MemoryBus:
     def publish(self, topic: str, key: str, value: bytes, headers: Headers = ()) -> None:
         partition = Partition(topic, zlib.crc32(key.encode()) % self._partitions)
         with self.changed:
-            if topic == RESULTS and not any(topic in group.topics for group in self._groups.values()):
-                return
             log = self._log(partition)
-            if topic.startswith(NEWS_PREFIXES) and not self._is_read(topic):
+            if topic.startswith(NEWS) and not self._is_read(topic):
                 log.drop_until(log.end - self._capacity + 1)
             room = self.changed.wait_for(
                 lambda: self._closed or len(log.records) < self._capacity, self._publish_timeout_s
