@@ -1,0 +1,62 @@
+"""`editx models`: what the model server serves."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from editx.cli import options
+from editx.cli.operations import address
+
+if TYPE_CHECKING:
+    from shared.inference.triton import TritonInference
+
+app = typer.Typer(help="Load, unload and list the models of Triton.", no_args_is_help=True)
+
+Name = Annotated[str, typer.Argument(help="tokenizer, llm, decoder or reward.")]
+
+
+@app.command("list")
+def list_(as_json: options.JsonOption = False) -> None:
+    """Show the models of the server's repositories."""
+    found = _server().models()
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    table = Table("model", "version", "state", "reason")
+    for model in found:
+        table.add_row(model["name"], model["version"], model["state"], model["reason"])
+    Console().print(table)
+
+
+@app.command()
+def load(name: Name) -> None:
+    """Load a model, or load it anew after its checkpoint changed; calls are served meanwhile."""
+    _server().load(name)
+    typer.echo(f"{name} is loaded.")
+
+
+@app.command()
+def unload(name: Name) -> None:
+    """Take a model away once its running calls have ended."""
+    _server().unload(name)
+    typer.echo(f"{name} is unloaded.")
+
+
+@app.command()
+def write() -> None:
+    """Write the models' configurations (config.pbtxt) from their descriptions again; for developers."""
+    from editx.stack.models import write_configurations
+
+    for path in write_configurations():
+        typer.echo(str(path))
+
+
+def _server() -> TritonInference:
+    from shared.inference.triton import connect
+
+    return connect(address("EDITX_INFERENCE_URL"))
