@@ -1,0 +1,205 @@
+"""Builders: raw material to rows, one per kind of set in arXiv 2511.03601, section 3 and 6.
+
+Each is a generator of rows or of reasons why one was left out, so that a bad recording never stops a build silently or
+loudly unless asked. Rendering and tokenising are behind small interfaces. Knows nothing about folders.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from services.trainer.data import degrade
+from services.trainer.data.manifest import Refused
+from services.trainer.data.rows import Row, Side, hash_audio, reason
+from services.trainer.data.teachers import Teacher
+from shared.audio.io import Waveform
+from shared.codes import Codes
+from shared.errors import EditxError, UserError
+from shared.inference.port import Inference
+from shared.schemas.edit import Edit
+
+Tokenize = Callable[[Waveform], Codes]
+Margin = Callable[[Waveform, Waveform, str], float]
+"""Neutral and expressive recording and category -> 1 to 10."""
+
+SPEED_FACTORS = {"faster": 1.25, "slower": 0.8, "more faster": 1.5, "more slower": 0.65}
+_TAGS = re.compile(r"\s*\[[^\]]+\]\s*")
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A text to be said. `manner` is the emotion or style that it fits ("emotion/happy"), if it was written for one."""
+
+    text: str
+    language: str
+    manner: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """A recording that is there already."""
+
+    id: str
+    text: str
+    language: str
+    speaker: str
+    waveform: Waveform
+    licence: str
+    origin: str
+
+
+def tokenize_with(inference: Inference) -> Tokenize:
+    """The model "tokenizer" as a function of recordings."""
+    from shared.codes import interleave
+
+    def tokenize(waveform: Waveform) -> Codes:
+        found = inference.infer(
+            "tokenizer", {"audio": waveform.samples}, parameters={"sample_rate_hz": waveform.sample_rate_hz}
+        )
+        return interleave(found["linguistic"], found["semantic"])
+
+    return tokenize
+
+
+def side(text: str, waveform: Waveform, tokenize: Tokenize) -> Side:
+    """A recording as one side of a row. Raises UserError for one that is empty, silent or holds NaN."""
+    samples = waveform.samples
+    if not len(samples) or not np.isfinite(samples).all() or float(np.abs(samples).max()) < 1e-4:
+        raise UserError("the recording is empty, silent or holds values that are no numbers", code="invalid_audio")
+    return Side(text=text, mixed=tokenize(waveform), sha256=hash_audio(samples, waveform.sample_rate_hz))
+
+
+def _guarded(number: int, id: str, make: Callable[[], Row]) -> Row | Refused:
+    try:
+        return make()
+    except (EditxError, ValueError) as error:
+        return Refused(number, id, reason(error))
+
+
+def zero_shot(
+    teacher: Teacher, sentences: Sequence[Sentence], speakers: Mapping[str, Sequence[str]], tokenize: Tokenize, *,
+    count: int, seed: int = 0,
+) -> Iterator[Row | Refused]:  # fmt: skip
+    """Clones: a speaker (of the language) says one sentence as the reference and another as the answer."""
+    for number in range(count):
+        rng = np.random.default_rng((seed, number))
+        target = sentences[int(rng.integers(len(sentences)))]
+        same = [s for s in sentences if s.language == target.language and s.text != target.text]
+        speaker = str(rng.choice(list(speakers[target.language])))
+        reference = same[int(rng.integers(len(same)))]
+
+        def make(number: int = number, target: Sentence = target, reference: Sentence = reference,
+                 speaker: str = speaker) -> Row:  # fmt: skip
+            spoken = [teacher.say(s.text, s.language, speaker, "neutral") for s in (reference, target)]
+            return Row(
+                id=f"tts-{seed}-{number:06d}", edit=Edit(type="clone", target_text=target.text),
+                source=side(reference.text, spoken[0], tokenize), target=side(target.text, spoken[1], tokenize),
+                speaker=speaker, language=target.language, licence=teacher.licence, origin=teacher.name,
+            )  # fmt: skip
+
+        yield _guarded(number + 1, f"tts-{seed}-{number:06d}", make)
+
+
+def triplets(
+    teacher: Teacher, sentences: Sequence[Sentence], speakers: Mapping[str, Sequence[str]], tokenize: Tokenize,
+    margin: Margin | None, *, count: int, seed: int = 0, removal_share: float = 0.15,
+) -> Iterator[Row | Refused]:  # fmt: skip
+    """Large-margin triplets (text, neutral, expressive): one speaker, one text that fits the manner, two readings.
+
+    A share of them is turned round into removals. Raises UserError for a sentence without a manner.
+    """
+    for number in range(count):
+        rng = np.random.default_rng((seed, number))
+        sentence = sentences[int(rng.integers(len(sentences)))]
+        if sentence.manner is None:
+            raise UserError(f"The sentence {sentence.text!r} fits no manner.", "Give each text its emotion or style.")
+        kind, _, detail = sentence.manner.partition("/")
+        speaker = str(rng.choice(list(speakers[sentence.language])))
+        turned = bool(rng.random() < removal_share)
+
+        def make(number: int = number, sentence: Sentence = sentence, speaker: str = speaker, kind: str = kind,
+                 detail: str = detail, turned: bool = turned) -> Row:  # fmt: skip
+            neutral = teacher.say(sentence.text, sentence.language, speaker, "neutral")
+            expressive = teacher.say(sentence.text, sentence.language, speaker, sentence.manner or "")
+            found = margin(neutral, expressive, f"{kind} {detail}") if margin else None
+            sides = [side(sentence.text, neutral, tokenize), side(sentence.text, expressive, tokenize)]
+            source, target = sides[::-1] if turned else sides
+            edit = Edit.model_validate({"type": kind, "detail": "remove" if turned else detail})
+            return Row(
+                id=f"{kind}-{seed}-{number:06d}", edit=edit, source=source, target=target, speaker=speaker,
+                language=sentence.language, licence=teacher.licence, origin=teacher.name, margin=found,
+            )  # fmt: skip
+
+        yield _guarded(number + 1, f"{kind}-{seed}-{number:06d}", make)
+
+
+def paralinguistic(
+    tagged: Iterable[Recording], teacher: Teacher, tokenize: Tokenize
+) -> Iterator[Row | Refused]:  # fmt: skip
+    """Quadruplets from a corpus with [tags] in its texts (NVSpeech's layout): the teacher says the text without them.
+
+    The answer is the corpus's own recording; there is no margin filter.
+    """
+    for number, recording in enumerate(tagged, start=1):
+
+        def make(recording: Recording = recording) -> Row:
+            clean = without_tags(recording.text)
+            if clean == recording.text.strip():
+                raise UserError("its text holds no [tag]", code="bad_row")
+            spoken = teacher.say(clean, recording.language, recording.speaker, "neutral")
+            return Row(
+                id=f"para-{recording.id}", edit=Edit(type="paralinguistic", target_text=recording.text),
+                source=side(clean, spoken, tokenize), target=side(recording.text, recording.waveform, tokenize),
+                speaker=recording.speaker, language=recording.language, licence=recording.licence,
+                origin=f"{recording.origin}+{teacher.name}",
+            )  # fmt: skip
+
+        yield _guarded(number, recording.id, make)
+
+
+def without_tags(text: str) -> str:
+    """A text without its [tags] and with single spaces."""
+    return " ".join(_TAGS.sub(" ", text).split())
+
+
+def simple_edits(
+    recordings: Iterable[Recording], tokenize: Tokenize, *, kinds: Sequence[str] = ("speed", "denoise", "vad"),
+    seed: int = 0,
+) -> Iterator[Row | Refused]:  # fmt: skip
+    """Speed (tempo changed at the same pitch), denoise (noise and reverb put on) and vad (silences put in, cut out)."""
+    number = 0
+    for place, recording in enumerate(recordings):
+        for kind in kinds:
+            number += 1
+            rng = np.random.default_rng((seed, place, kinds.index(kind)))
+
+            def make(recording: Recording = recording, kind: str = kind, rng: np.random.Generator = rng) -> Row:
+                edit, before, after = _simple(kind, recording.waveform, rng)
+                return Row(
+                    id=f"{kind}-{recording.id}", edit=edit, source=side(recording.text, before, tokenize),
+                    target=side(recording.text, after, tokenize), speaker=recording.speaker,
+                    language=recording.language, licence=recording.licence, origin=recording.origin,
+                )  # fmt: skip
+
+            yield _guarded(number, f"{kind}-{recording.id}", make)
+
+
+def _simple(kind: str, waveform: Waveform, rng: np.random.Generator) -> tuple[Edit, Waveform, Waveform]:
+    """The edit, its source and its target, made from one recording."""
+    audio, rate = waveform.samples, waveform.sample_rate_hz
+    if kind == "speed":
+        detail = str(rng.choice(list(SPEED_FACTORS)))
+        changed = degrade.change_tempo(audio, rate, SPEED_FACTORS[detail])
+        return Edit(type="speed", detail=detail), waveform, Waveform(changed, rate)
+    if kind == "denoise":
+        noisy = degrade.add_reverb(audio, rate, float(rng.uniform(0.2, 0.6)), rng, wet=float(rng.uniform(0.1, 0.5)))
+        noisy = degrade.add_noise(noisy, float(rng.uniform(0, 15)), rng, color=float(rng.uniform(0, 2)))
+        return Edit(type="denoise"), Waveform(np.clip(noisy, -1, 1), rate), waveform
+    if kind == "vad":
+        paused = degrade.insert_pauses(audio, rate, rng)
+        return Edit(type="vad"), Waveform(paused, rate), Waveform(degrade.remove_silence(audio, rate), rate)
+    raise UserError(f"There is no simple edit {kind!r}.", "Known: speed, denoise, vad.", "invalid_training")

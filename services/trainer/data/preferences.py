@@ -1,0 +1,144 @@
+"""Preferences: candidates for a prompt, what people or judges say of them, and the pairs that are clear enough.
+
+The margins are those of arXiv 2511.03601: ratings of people from 1 to 5 with a difference above 3, ratings of judges
+from 1 to 10 with a difference above 8. A composite score weighs correctness, prosody, naturalness and margin, so that
+a bigger change alone never wins.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from services.trainer.data.rows import MixedCodes, Row, Side, reason
+from shared.errors import UserError
+
+HUMAN_MARGIN, JUDGE_MARGIN = 3.0, 8.0
+CANDIDATES_PER_PROMPT = 20
+
+
+class Candidate(BaseModel):
+    """One answer to a prompt. `prompt` is the id of the row whose prompt it answers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    prompt: str
+    mixed: MixedCodes
+    audio: str | None = None
+
+
+class Rating(BaseModel):
+    """What one rater says of one candidate, on the rater's scale (people 1 to 5, judges 1 to 10)."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    candidate: str
+    rater: str = Field(min_length=1)
+    correctness: float = Field(ge=1, le=10)
+    prosody: float | None = Field(default=None, ge=1, le=10)
+    naturalness: float | None = Field(default=None, ge=1, le=10)
+    margin: float | None = Field(default=None, ge=1, le=10)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How much each part of a rating counts. Correctness gates: the whole is never above it by more than `lead`.
+
+    Without the gate a candidate could win by being louder or slower than asked while saying the wrong words.
+    """
+
+    correctness: float = 0.5
+    prosody: float = 0.2
+    naturalness: float = 0.2
+    margin: float = 0.1
+    lead: float = 1.0
+
+    def __post_init__(self) -> None:
+        parts = (self.correctness, self.prosody, self.naturalness, self.margin)
+        if min(parts) < 0 or sum(parts) <= 0:
+            raise UserError("Weights of a composite score must not be negative, and one must be positive.",
+                            code="invalid_training")  # fmt: skip
+
+
+def composite(rating: Rating, weights: Weights) -> float:
+    """The weighted mean of the parts that were rated, gated by correctness."""
+    given = {"correctness": rating.correctness, "prosody": rating.prosody, "naturalness": rating.naturalness,
+             "margin": rating.margin}  # fmt: skip
+    parts = [(getattr(weights, name), value) for name, value in given.items() if value is not None]
+    total = sum(weight for weight, _ in parts)
+    mean = sum(weight * value for weight, value in parts) / total if total else rating.correctness
+    return min(mean, rating.correctness + weights.lead)
+
+
+def read_ratings(path: Path) -> list[Rating]:
+    """Ratings from JSONL, or CSV with the columns of Rating. Raises UserError naming the bad row."""
+    text = path.read_text(encoding="utf-8")
+    ratings = []
+    if path.suffix == ".csv":
+        lines = [{k: v for k, v in line.items() if v not in ("", None)} for line in csv.DictReader(text.splitlines())]
+    else:
+        lines = [_json(line, path, number) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    for number, line in enumerate(lines, start=1):
+        try:
+            ratings.append(Rating.model_validate(line))
+        except ValidationError as error:
+            raise UserError(f"{path}, row {number}: {reason(error)}.", code="bad_row") from error
+    return ratings
+
+
+def _json(line: str, path: Path, number: int) -> dict[str, object]:
+    try:
+        return dict(json.loads(line))
+    except ValueError as error:
+        raise UserError(f"{path}, row {number} is no JSON object: {error}.", code="bad_row") from error
+
+
+def scores_of(ratings: Sequence[Rating], weights: Weights) -> dict[str, float]:
+    """Candidate id to the mean composite of its ratings."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for rating in ratings:
+        found[rating.candidate].append(composite(rating, weights))
+    return {candidate: sum(values) / len(values) for candidate, values in found.items()}
+
+
+def make_pairs(
+    prompts: Mapping[str, Row], candidates: Sequence[Candidate], scores: Mapping[str, float], *, margin: float,
+    rated_by: str, per_prompt: int = 4,
+) -> list[Row]:  # fmt: skip
+    """Rows with a chosen and a rejected answer whose scores differ by MORE than `margin`.
+
+    Per prompt the clearest `per_prompt` pairs, each candidate in one pair at most. Raises UserError for a candidate of
+    an unknown prompt.
+    """
+    by_prompt: dict[str, list[Candidate]] = defaultdict(list)
+    for candidate in candidates:
+        if candidate.prompt not in prompts:
+            raise UserError(
+                f"Candidate {candidate.id} answers the unknown prompt {candidate.prompt!r}.", code="bad_row"
+            )
+        if candidate.id in scores:
+            by_prompt[candidate.prompt].append(candidate)
+    rows = []
+    for prompt, own in by_prompt.items():
+        ranked = sorted(own, key=lambda c: (scores[c.id], c.id))
+        for number in range(min(per_prompt, len(ranked) // 2)):
+            worse, better = ranked[number], ranked[-1 - number]
+            gap = scores[better.id] - scores[worse.id]
+            if gap > margin:
+                rows.append(_pair(prompts[prompt], better, worse, gap, rated_by))
+    return rows
+
+
+def _pair(prompt: Row, better: Candidate, worse: Candidate, gap: float, rated_by: str) -> Row:
+    text = prompt.target.text
+    chosen, rejected = (Side(text=text, mixed=one.mixed, audio=one.audio) for one in (better, worse))
+    update = {"id": f"{better.id}--{worse.id}", "target": chosen, "rejected": rejected, "margin": gap,
+              "rated_by": rated_by}  # fmt: skip
+    return prompt.model_copy(update=update)
