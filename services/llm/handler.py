@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from services.llm.sampling import length_bounds
 from shared.artifacts import Generated, Tokenized
 from shared.codes import GROUP, GROUP_S
 from shared.errors import PermanentError
@@ -26,8 +27,6 @@ from shared.steps import StepContext
 MODEL = "llm"
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_window", "repetition_ratio")
 SEED_STRIDE = 1_000_003
-LONGEST_CLONE_S = 60.0
-SECONDS_PER_CHARACTER = {"wide": 0.45, "narrow": 0.14}
 
 Encode = Callable[[Sequence[Turn]], Sequence[int]]
 
@@ -47,11 +46,12 @@ class GenerateHandler:
         edit, source = Edit.model_validate(parameters["edit"]), Tokenized.from_bytes(step.read("tokens"))
         prompt = np.asarray(self._encode(edit_turns(edit, parameters["text"], source.mixed)), np.int64)
         step.progress(0.05, "writing audio tokens")
-        count, groups = int(parameters["n_best"]), max_groups(edit, source, parameters["max_duration_s"])
+        count, groups, longest_s = int(parameters["n_best"]), len(source.mixed) // GROUP, parameters["max_duration_s"]
+        bounds = length_bounds(edit, groups, parameters["text"], max_duration_s=longest_s)
         began = time.perf_counter()
         seeds = [(int(parameters["seed"]) + number * SEED_STRIDE) % (SEED_MAX + 1) for number in range(count)]
         with ThreadPoolExecutor(count) as pool:  # side by side, so that they share a batch
-            found = list(pool.map(lambda seed: self._generate(step, prompt, seed, groups), seeds))
+            found = list(pool.map(lambda seed: self._generate(step, prompt, seed, bounds), seeds))
         names = [GENERATED] if count == 1 else [candidate(number) for number in range(count)]
         for name, generated in zip(names, found, strict=True):
             step.write(name, generated.to_bytes())
@@ -61,12 +61,14 @@ class GenerateHandler:
         step.measure("collapsed", sum(generated.collapsed for generated in found))
         step.measure("rtf", (time.perf_counter() - began) / seconds)
 
-    def _generate(self, step: StepContext, prompt: npt.NDArray[np.int64], seed: int, groups: int) -> Generated:
+    def _generate(
+        self, step: StepContext, prompt: npt.NDArray[np.int64], seed: int, bounds: tuple[int, int]
+    ) -> Generated:
         parameters: dict[str, Any] = {name: step.step.parameters[name] for name in SAMPLING}
         answer = self._inference.infer(
             MODEL,
             {"prompt": prompt},
-            parameters={**parameters, "seed": seed, "max_groups": groups},
+            parameters={**parameters, "seed": seed, "min_groups": bounds[0], "max_groups": bounds[1]},
             deadline=step.deadline,
             cancelled=step.cancelled,
             priority=step.priority,
@@ -81,21 +83,3 @@ class GenerateHandler:
             seconds=len(mixed) // GROUP * GROUP_S,
             collapsed=bool(answer["collapsed"].reshape(-1)[0]),
         )
-
-
-def max_groups(edit: Edit, source: Tokenized, max_duration_s: float | None) -> int:
-    """The most token groups (120 ms each) that an edit may write.
-
-    An edit may last two and a half times as long as its source, a clone three times as long as its text takes to say.
-    """
-    if max_duration_s is not None:
-        seconds = max_duration_s
-    elif edit.type == "clone":
-        seconds = min(5.0 + 3.0 * _spoken_s(edit.target_text or ""), LONGEST_CLONE_S)
-    else:
-        seconds = 3.0 + 2.5 * len(source.mixed) // GROUP * GROUP_S
-    return max(int(seconds / GROUP_S), 1)
-
-
-def _spoken_s(text: str) -> float:
-    return sum(SECONDS_PER_CHARACTER["wide" if ord(character) > 0x2E80 else "narrow"] for character in text)

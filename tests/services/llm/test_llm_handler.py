@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from services.llm.handler import GenerateHandler, max_groups
+from services.llm.handler import GenerateHandler
+from services.llm.sampling import length_bounds
 from shared.artifacts import Generated
 from shared.codes import GROUP, interleave
 from shared.errors import PermanentError, UserError
@@ -65,10 +66,8 @@ def test_an_unknown_tag_is_the_users_error() -> None:
         GenerateHandler(FakeInference(write), encode).run(FakeStep(request, 1, {"tokens": tokenized().to_bytes()}))
 
 
-def test_the_longest_result_follows_from_the_source_the_text_or_the_request() -> None:
-    source = tokenized(groups=100)
-    assert 250 <= max_groups(Edit(type="denoise"), source, None) <= 290
-    assert max_groups(Edit(type="denoise"), source, 1.2) == 10
-    short, long = Edit(type="clone", target_text="Hi."), Edit(type="clone", target_text="words " * 50)
-    wide = Edit(type="clone", target_text="今天天气很好我们出去走走")
-    assert max_groups(short, source, None) < max_groups(wide, source, None) < max_groups(long, source, None) <= 500
+def test_the_bounds_of_the_length_go_to_the_model() -> None:
+    model = FakeInference(write)
+    GenerateHandler(model, encode).run(FakeStep(HAPPY, 1, {"tokens": tokenized(groups=100).to_bytes()}))
+    _, _, parameters = model.calls[0]
+    assert (parameters["min_groups"], parameters["max_groups"]) == length_bounds(HAPPY.edit, 100, HAPPY.text)
