@@ -182,6 +182,11 @@ class Editor:
         )
         return Waveform(answer["audio"].astype(np.float32).reshape(-1), DECODED_RATE_HZ)
 
+    def cancel_all(self) -> None:
+        """Cancel every run that has not ended."""
+        for job in self.system.jobs.list(states=(JobState.ACCEPTED, JobState.RUNNING), limit=100).jobs:
+            self._give_up(job.id)
+
     def close(self) -> None:
         """Stop the workers and free the models. Safe to call twice."""
         self.system.close()

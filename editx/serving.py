@@ -6,6 +6,7 @@ The composition root of `editx serve`. Knows which adapters there are; the gatew
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def serve(backend: Backend, settings: GatewaySettings) -> None:
             create_app(backend, settings), host=settings.host, port=settings.port, access_log=False, log_config=None,
             timeout_graceful_shutdown=GRACE_S, server_header=False,
         )  # fmt: skip
-        asyncio.run(uvicorn.Server(config).serve())
+        with suppress(KeyboardInterrupt):  # uvicorn ends in order and then raises the signal that ended it
+            asyncio.run(uvicorn.Server(config).serve())
     finally:
         end()

@@ -16,7 +16,7 @@ from typing import ParamSpec
 import typer
 from rich.console import Console
 
-from editx.cli import audio, doctor, tokens
+from editx.cli import audio, doctor, remote, serve, tokens, trace
 from shared.errors import EditxError
 
 EXIT_MISSING = 3
@@ -56,10 +56,17 @@ def _exiting(command: Callable[P, int]) -> Callable[P, None]:
     return wrapped
 
 
-COMMANDS = (audio.edit, audio.clone, tokens.tokenize, tokens.decode, doctor.doctor)
+COMMANDS = (audio.edit, audio.clone, tokens.tokenize, tokens.decode, doctor.doctor, serve.serve, trace.trace)
 for _command in COMMANDS:
     app.command()(_exiting(_command))
-GROUPS = {"voices": "editx.cli.voices", "checkpoint": "editx.cli.checkpoint"}
+app.callback()(remote.options)
+GROUPS = {
+    "voices": "editx.cli.voices",
+    "checkpoint": "editx.cli.checkpoint",
+    "stack": "editx.cli.stack",
+    "models": "editx.cli.models",
+    "dlq": "editx.cli.dlq",
+}
 """Commands with commands of their own: their name to the module whose `app` holds them.
 
 A module is imported for its own command, and for the help of all; it imports torch inside its functions only.

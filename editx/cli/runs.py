@@ -18,6 +18,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from editx.api import SUFFIXES, Editor, Result, make_request, read_source, save_audio, sidecar_text
+from editx.cli.remote import open_editor, target
+from editx.remote import RemoteEditor
 from shared.audio.io import Waveform, write_audio
 from shared.errors import EditxError, UserError
 from shared.schemas import Edit, JobEvent, JobRequest
@@ -60,7 +62,7 @@ def run_one(
     _check_target(out)
     recording = read_source(source)
     request = settings.request(edit, _text(source, recording, edit, text, settings))
-    with Editor(settings.checkpoint, device=settings.device) as editor:
+    with open_editor(settings.checkpoint, settings.device) as editor:
         with _bar(console, settings) as progress:
             task = progress.add_task(f"{edit} · {name}", total=1.0)
 
@@ -87,7 +89,7 @@ def run_folder(folder: Path, out: str | None, edit: Edit, text: str | None, sett
         settings.picture.mkdir(parents=True, exist_ok=True)
     reports: list[dict[str, Any]] = []
     began = time.perf_counter()
-    with Editor(settings.checkpoint, device=settings.device) as editor, _bar(console, settings, count=True) as progress:
+    with open_editor(settings.checkpoint, settings.device) as editor, _bar(console, settings, count=True) as progress:
         task = progress.add_task(str(edit), total=len(files))
         for path, outcome in _in_flight(editor, files, edit, text, settings):
             reports.append(_finish(path, outcome, target / f"{path.stem}.wav", edit, settings))
@@ -97,7 +99,7 @@ def run_folder(folder: Path, out: str | None, edit: Edit, text: str | None, sett
 
 
 def _in_flight(
-    editor: Editor, files: list[Path], edit: Edit, text: str | None, settings: Settings
+    editor: Editor | RemoteEditor, files: list[Path], edit: Edit, text: str | None, settings: Settings
 ) -> Iterator[tuple[Path, Result | EditxError]]:
     """The files' outcomes as they come, a few at once so that every model has something to do."""
 
@@ -122,9 +124,7 @@ def _in_flight(
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(done), done.result()
     finally:
-        for page in editor.system.jobs.list(limit=100).jobs:
-            if not page.is_terminal:
-                editor.system.cancel(page.id)
+        editor.cancel_all()
         pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -184,7 +184,7 @@ def _deliver(result: Result, name: str, out: str, edit: Edit, settings: Settings
         "output_s": round(result.audio.duration_s, 3),
         "seconds": round(result.seconds, 3),
         "rtf": round(result.rtf, 3),
-        "checkpoint": settings.checkpoint,
+        "checkpoint": gateway.url if (gateway := target()) else settings.checkpoint,
         "warnings": list(result.warnings),
         "steps": [timing.model_dump(exclude={"started_at"}) for timing in result.job.timings],
     }

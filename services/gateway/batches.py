@@ -30,7 +30,7 @@ BATCH_ID = re.compile(r"batch_[0-9a-f]{32}")
 def start(gateway: Gateway, principal: Principal, submissions: Sequence[Submission], key: str | None) -> BatchView:
     """Accept all jobs of a batch, none if one of them cannot be. Raises UserError, IdempotencyConflict."""
     for submission in submissions:
-        submission.request()
+        submission.request(gateway.backend.metadata)
     prints = hashlib.sha256("".join(submission.fingerprint for submission in submissions).encode()).hexdigest()
     identity = (
         secrets.token_hex(16) if key is None else hashlib.sha256(f"{principal.id}/{key}".encode()).hexdigest()[:32]

@@ -37,11 +37,14 @@ async def job_events(gateway: Gateway, job: Job, after: int) -> AsyncIterator[by
         while True:
             try:
                 events = await _next(gateway, job.id, after)
+                is_over = not events and (await blocking(gateway.backend.jobs.get, job.id)).is_terminal
             except JobNotFound:
                 yield sse("job.deleted", {"job_id": job.id})
                 return
             except TransientError:
                 return  # the client comes back with Last-Event-ID
+            if is_over:
+                return  # the reader has seen the last event
             for event in events:
                 after, spoke = event.seq, time.monotonic()
                 yield sse(f"job.{event.type}", await _document(gateway, event), event.seq)

@@ -24,6 +24,7 @@ from shared.checkpoints.layout import Metadata
 from shared.errors import UserError
 from shared.jobs import machine
 from shared.jobs.port import Created, Idempotency, JobNotFound
+from shared.languages import check_language
 from shared.publishing import publish_step
 from shared.schemas import Job, JobRequest, JobState, new_job_id
 from shared.schemas.request import SEED_MAX
@@ -49,9 +50,13 @@ class Submission:
         asked = self.body.model_dump(mode="json", exclude={"audio"}) | {"recording": self.recording.sha256}
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
-    def request(self) -> JobRequest:
-        """The job's request, its tags in published spelling. Raises UserError, Unprocessable."""
+    def request(self, metadata: Metadata) -> JobRequest:
+        """The job's request, its tags in published spelling.
+
+        Raises UserError for a tag or language that the checkpoint cannot do, Unprocessable for what does not fit.
+        """
         body = self.body
+        check_languages(metadata, body.text or self.recording.text, body.target_text)
         changes: dict[str, Any] = {}
         if body.detail is not None and body.type in ("emotion", "style", "speed"):
             changes["detail"] = check_tag(body.type, body.detail)
@@ -62,6 +67,13 @@ class Submission:
             return job_request(body.model_copy(update=changes), body.text or self.recording.text, seed)
         except ValidationError as error:
             raise Unprocessable.from_validation(error) from error
+
+
+def check_languages(metadata: Metadata, *texts: str | None) -> None:
+    """Raise UserError for a text in none of the checkpoint's languages."""
+    if metadata.trained_on is not None:
+        for text in texts:
+            check_language(text or "", metadata.trained_on.languages, metadata.name)
 
 
 def idempotency_key(header: str | None) -> str | None:
@@ -80,7 +92,7 @@ def accept(gateway: Gateway, principal: Principal, submission: Submission, key: 
 
     What cannot be published now the sweeper publishes later. Raises UserError, IdempotencyConflict, TransientError.
     """
-    backend, request = gateway.backend, submission.request()
+    backend, request = gateway.backend, submission.request(gateway.backend.metadata)
     if request.webhook_url is not None:
         gateway.webhooks.check(request.webhook_url, principal.webhook_secret)
     move = machine.accept(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, JsonValue
 
 from services.gateway import bodies, openapi
 from services.gateway.dependencies import Caller, GatewayOf, PayingCaller
@@ -16,7 +16,7 @@ from services.gateway.threads import blocking
 from services.gateway.voices import NewVoice
 
 router = APIRouter(prefix="/v1/audio/voices", tags=["voices"])
-EXAMPLE = {
+EXAMPLE: dict[str, JsonValue] = {
     "name": "Ada",
     "text": "What the reference recording says.",
     "upload_id": "upl_00112233445566778899aabbccddeeff",
