@@ -97,6 +97,7 @@ function showEdit() {
   $("target-label").textContent = edit.type === "clone" ? "What to say" : "The same words, with sounds";
   $("run").textContent = edit.type === "clone" ? "Clone it" : "Edit it";
   $("iterations").disabled = edit.type === "clone";
+  if (edit.type === "paralinguistic" && !$("target").value.trim()) $("target").value = $("text").value;
   $("filter").value = "";
   showTags();
   const sounds = state.options.edits.find((one) => one.type === "paralinguistic").tags;
@@ -128,7 +129,6 @@ async function choose(blob, name) {
   state.recording = { blob, name };
   const sound = await decode(blob);
   $("chosen").textContent = sound ? `${name}, ${sound.seconds.toFixed(1)} s` : name;
-  if ($("target").value === "") $("target").value = $("text").value;
   clearCards();
   await addCard(`Source: ${name}`, blob, sound);
   tell("", "");
