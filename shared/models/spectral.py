@@ -66,12 +66,15 @@ class ConvNeXtBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.depthwise(x).transpose(1, 2))
-        return x + (self.gamma * self.shrink(F.gelu(self.expand(y)))).transpose(1, 2)
+        out: Tensor = x + (self.gamma * self.shrink(F.gelu(self.expand(y)))).transpose(1, 2)
+        return out
 
 
 class F0Predictor(nn.Module):
     """F0 and voicing from the mel: a distribution over log-spaced pitches and one logit. Frame rate in, frame
     rate out."""
+
+    pitches: Tensor
 
     def __init__(self, config: SpectralConfig) -> None:
         super().__init__()
@@ -95,7 +98,7 @@ class F0Predictor(nn.Module):
         best = logits.argmax(1, keepdim=True)
         near = (torch.arange(logits.shape[1], device=mel.device)[None, :, None] - best).abs() <= 4
         weights = logits.masked_fill(~near, -torch.inf).softmax(1)
-        f0 = (weights * self.pitches[None, :, None]).sum(1).exp()  # type: ignore[index]
+        f0 = (weights * self.pitches[None, :, None]).sum(1).exp()
         return torch.where(voicing > 0, f0, 0.0)
 
 
@@ -113,11 +116,15 @@ def harmonic_excitation(f0: Tensor, hop: int, sampling_rate: int, start_phase: T
     if start_phase is not None:
         phase = phase + start_phase[:, None]
     phase = (phase - phase.floor()) * 2 * math.pi
-    harmonics = torch.floor(0.5 * sampling_rate / samples - 0.5)
+    fitting = 0.5 * sampling_rate / samples - 0.5
+    harmonics = torch.floor(fitting)
     half = torch.sin(phase / 2)
     safe = torch.where(half.abs() < 1e-4, torch.full_like(half, 1e-4), half)
     total = torch.where(half.abs() < 1e-4, 2 * harmonics + 1, torch.sin((harmonics + 0.5) * phase) / safe) / 2 - 0.5
-    return (total / torch.sqrt(harmonics / 2)).float() * gate
+    total = total + (fitting - harmonics) * torch.cos(
+        (harmonics + 1) * phase
+    )  # the next one fades in, or F0 would click
+    return (total / torch.sqrt(fitting / 2)).float() * gate
 
 
 def _fill_gaps(f0: Tensor) -> Tensor:
@@ -138,6 +145,9 @@ def _interpolate(frames: Tensor, hop: int) -> Tensor:
 
 class SpectralVocoder(nn.Module):
     """Mel to waveform with a predicted harmonic and a predicted noise filter per frame and bin."""
+
+    window: Tensor
+    to_linear: Tensor
 
     def __init__(self, config: SpectralConfig) -> None:
         super().__init__()
@@ -191,10 +201,10 @@ class SpectralVocoder(nn.Module):
         spectrum = self._stft(pulses)[..., :frames] * torch.polar(harmonic.exp(), phase)
         spectrum = spectrum + self._stft(noise)[..., :frames] * aperiodic.exp()
         spectrum = F.pad(spectrum, (0, 1))
-        return torch.istft(spectrum, c.n_fft, c.hop, window=self.window, length=length)  # type: ignore[arg-type]
+        return torch.istft(spectrum, c.n_fft, c.hop, window=self.window, length=length)
 
     def _stft(self, wave: Tensor) -> Tensor:
-        return torch.stft(wave, self.config.n_fft, self.config.hop, window=self.window, return_complex=True)  # type: ignore[arg-type]
+        return torch.stft(wave, self.config.n_fft, self.config.hop, window=self.window, return_complex=True)
 
     def forward(self, mel: Tensor, lengths: Tensor | None = None, seed: int = 0) -> Tensor:
         """Mel to waveform.

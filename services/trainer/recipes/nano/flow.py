@@ -57,7 +57,7 @@ class FlowRecipe:
     """Of the exponential average of the weights, which is what the checkpoint gets."""
 
 
-CPU = FlowRecipe(steps=4000, batch=12)
+CPU = FlowRecipe(steps=4000, batch=12, groups=20)
 GPU = FlowRecipe(steps=16_000, batch=96, groups=40, average=0.9995)
 DIALS = FlowTraining(prompt_rate=0.7, prompt_max_share=0.5, prior_weight=1.0)
 

@@ -43,7 +43,7 @@ class LlmRecipe:
     layers: int = 6
 
 
-CPU = LlmRecipe(steps=3000, tokens=4096)
+CPU = LlmRecipe(steps=3000, tokens=2048)
 GPU = LlmRecipe(steps=14_000, tokens=49_152)
 
 

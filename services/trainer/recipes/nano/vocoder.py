@@ -42,7 +42,8 @@ class VocoderRecipe:
     matching_weight: float = 2.0
 
 
-CPU = VocoderRecipe(steps=5000, batch=8, frames=40)
+CPU = VocoderRecipe(steps=4000, batch=8, frames=40, adversary_from=4000)
+"""Without the adversary: it makes a step ten times as long there (docs/experiments.md)."""
 GPU = VocoderRecipe(
     steps=12_000, batch=48, frames=64, adversary_from=2000, adversary_channels=32, periods=(2, 3, 5, 7, 11)
 )

@@ -1,0 +1,1 @@
+"""Post-training of the small checkpoint, stage by stage: data, judges, SFT, preferences, reward, PPO, the table."""

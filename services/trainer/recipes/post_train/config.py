@@ -1,0 +1,109 @@
+"""The sizes of a post-training, in three forms: tiny (tests), cpu and gpu. Learning rates follow the model's size.
+
+The paper's rates are for three billion weights; `official()` has them. A model of ten million learns nothing at 1e-6 in
+an afternoon, so the small checkpoint's are some twenty times higher, with the same shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from services.trainer.core.settings import LoopConfig
+from services.trainer.data.preferences import CANDIDATES_PER_PROMPT, JUDGE_MARGIN
+from services.trainer.ppo.config import PpoConfig
+from services.trainer.reward.trainer import RewardConfig
+from services.trainer.sft.trainer import SftConfig
+
+
+@dataclass(frozen=True)
+class PostTrainConfig:
+    """Everything that a post-training can be told.
+
+    `pairs` edits and `clones` clones per SFT set (large-margin and unfiltered sets have the same size); `judge_pairs`
+    recordings to fit each of the two judges; `prompts` for preferences and PPO, `held_out` for the reward model's test,
+    `candidates` answers to each; pairs of candidates whose ratings differ by more than `judge_margin`, the
+    `hardest_share` of prompts for PPO; `cases` of the benchmark.
+    """
+
+    pairs: int = 3000
+    clones: int = 1500
+    judge_pairs: int = 500
+    prompts: int = 240
+    held_out: int = 60
+    candidates: int = CANDIDATES_PER_PROMPT
+    judge_margin: float = JUDGE_MARGIN
+    pairs_per_prompt: int = 6
+    hardest_share: float = 0.5
+    cases: int = 160
+    iterations: int = 3
+    decode_steps: int = 6
+    workers: int = 8
+    slots: int = 128
+    temperature: float = 0.9
+    device: str = "cpu"
+    seed: int = 0
+    sft: SftConfig = field(default_factory=SftConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    ppo: PpoConfig = field(default_factory=PpoConfig)
+
+
+def _loop(lr: float, final: float, device: str, **more: object) -> LoopConfig:
+    return replace(LoopConfig(lr=lr, final_lr=final, device=device, log_every=5, save_every=50), **more)  # type: ignore[arg-type]
+
+
+def gpu() -> PostTrainConfig:
+    """The small checkpoint on one GPU: each stage within ten minutes."""
+    ppo = PpoConfig(
+        steps=160, critic_warmup=20, prompts_per_step=32, samples_per_prompt=4, minibatch=64, micro=64,
+        critic_lr=1e-4, critic_final_lr=2e-5, loop=_loop(2e-5, 4e-6, "cuda", warmup_steps=0),
+    )  # fmt: skip
+    return PostTrainConfig(
+        device="cuda", workers=16,
+        sft=SftConfig(epochs=2, row_tokens=4096, rows_per_batch=8, loop=_loop(3e-4, 3e-5, "cuda", warmup_steps=20)),
+        reward=RewardConfig(epochs=2, pairs_per_batch=32, loop=_loop(1e-4, 5e-5, "cuda", warmup_steps=10)),
+        ppo=ppo,
+    )  # fmt: skip
+
+
+def cpu() -> PostTrainConfig:
+    """The small checkpoint on two cores, in some hours."""
+    big = gpu()
+    ppo = replace(big.ppo, steps=60, critic_warmup=10, prompts_per_step=8, minibatch=16, micro=8,
+                  loop=replace(big.ppo.loop, device="cpu"))  # fmt: skip
+    return replace(
+        big, device="cpu", workers=2, slots=16, pairs=600, clones=200, judge_pairs=150, prompts=40, held_out=12,
+        candidates=8, cases=32,
+        sft=replace(big.sft, epochs=1, row_tokens=2048, rows_per_batch=2, loop=replace(big.sft.loop, device="cpu")),
+        reward=replace(big.reward, pairs_per_batch=8, loop=replace(big.reward.loop, device="cpu")), ppo=ppo,
+    )  # fmt: skip
+
+
+def tiny() -> PostTrainConfig:
+    """Random weights, seconds: shows that the stages fit together. Such a model's answers all rate alike: margin -1."""
+    ppo = PpoConfig(
+        steps=2, critic_warmup=1, prompts_per_step=2, samples_per_prompt=2, minibatch=4, micro=4, max_stretch=0.5,
+        extra_groups=1, watch_every=2, loop=_loop(1e-3, 1e-4, "cpu", log_every=1),
+    )  # fmt: skip
+    return PostTrainConfig(
+        pairs=4, clones=2, judge_pairs=16, prompts=3, held_out=2, candidates=3, judge_margin=-1.0, pairs_per_prompt=1,
+        hardest_share=0.7, cases=2, iterations=1, decode_steps=1, workers=1, slots=4,
+        sft=SftConfig(row_tokens=2048, rows_per_batch=1, loop=_loop(1e-3, 1e-4, "cpu", log_every=1)),
+        reward=RewardConfig(pairs_per_batch=2, loop=_loop(1e-3, 1e-4, "cpu", log_every=1)), ppo=ppo,
+    )  # fmt: skip
+
+
+def official(device: str = "cuda") -> PostTrainConfig:
+    """The 3B release: the rates of arXiv 2511.03601, sharded over several GPUs under torchrun, with recomputation."""
+
+    def loop(lr: float, final: float) -> LoopConfig:
+        return _loop(lr, final, device, sharding="fsdp", gradient_checkpointing=True, precision="bf16")
+
+    return PostTrainConfig(
+        device=device, pairs=40_000, clones=40_000, prompts=4000, held_out=400, cases=2000,
+        sft=SftConfig(epochs=1, row_tokens=8192, rows_per_batch=1, loop=loop(1e-5, 1e-6)),
+        reward=RewardConfig(epochs=1, pairs_per_batch=8, loop=loop(2e-5, 1e-5)),
+        ppo=PpoConfig(loop=loop(1e-6, 2e-7)),
+    )  # fmt: skip
+
+
+FORMS = {"tiny": tiny, "cpu": cpu, "gpu": gpu, "official": official}

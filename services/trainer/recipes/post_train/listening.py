@@ -1,0 +1,103 @@
+"""Answers made audible and rated by the acoustic judges: fits the judges, rates candidates.
+
+Judges are fitted on recordings that went through the codes and the decoder, as answers do, against the neutral original
+of the same voice. Two judges learn from different recordings: one makes preferences, the other is kept for tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from services.trainer.data.margin import MarginScorer
+from services.trainer.data.preferences import Rating, Weights, composite
+from services.trainer.data.rows import Row
+from services.trainer.evaluate.acoustic import AcousticJudge, Classifier, Vector, features, pair_features
+from services.trainer.evaluate.runner import at_16k
+from services.trainer.evaluate.system import PortSystem
+from services.trainer.recipes.post_train.material import NEUTRAL, Item, Material, Part
+from services.trainer.recipes.post_train.workplace import Workplace
+from shared.codes import Codes
+from shared.errors import EditxError, UserError
+
+TASKS = ("emotion", "style")
+
+
+def fit_judge(
+    material: Material, part: Part, system: PortSystem, count: int, workers: int
+) -> tuple[AcousticJudge, dict[str, float]]:  # fmt: skip
+    """A judge from up to `count` recordings of a part; accuracy per task on a fifth that was held back."""
+    tasks = {}
+    report = {}
+    for task in TASKS:
+        chosen = material.pairs(part, (task,))[: count // len(TASKS)]
+        plain = [(neutral, neutral) for neutral in {pair[0].id: pair[0] for pair in chosen}.values()]
+        pairs = [*chosen, *plain[: max(2, len(chosen) // 4)]]
+
+        def moved(pair: tuple[Item, Item]) -> Vector | None:
+            source, target = pair
+            try:
+                original = source.audio()
+                spoken = system.decode(target.mixed, system.tokenize(original))
+                return np.asarray(features(at_16k(spoken)) - features(at_16k(original)))
+            except UserError:
+                return None
+
+        with ThreadPoolExecutor(workers) as pool:
+            found = list(pool.map(moved, pairs))
+        x = [vector for vector in found if vector is not None]
+        labels = [
+            "neutral" if target.manner == NEUTRAL else target.manner.partition("/")[2]
+            for (_, target), vector in zip(pairs, found, strict=True) if vector is not None
+        ]  # fmt: skip
+        held = [k for k in range(len(x)) if k % 5 == 0]
+        learned = [k for k in range(len(x)) if k % 5]
+        trial = Classifier.fit([x[k] for k in learned], [labels[k] for k in learned])
+        guesses = trial.predict([x[k] for k in held])
+        report[task] = float(np.mean([g == labels[k] for g, k in zip(guesses, held, strict=True)]))
+        tasks[task] = Classifier.fit(x, labels)
+    return AcousticJudge(tasks), report
+
+
+def fit_margins(material: Material, judge: AcousticJudge, count: int) -> MarginScorer:
+    """A margin scorer whose annotated set are pairs of originals, rated 1 to 10 by a judge that knows the labels."""
+    x, categories, ratings = [], [], []
+    for source, target in material.pairs("judge_a", TASKS)[:count]:
+        task, _, tag = target.manner.partition("/")
+        before, after = (at_16k(item.audio()) for item in (source, target))
+        x.append(pair_features(before, after))
+        categories.append(f"{task} {tag}")
+        ratings.append(judge.rating(task, tag, before, after))
+    return MarginScorer.fit(x, categories, ratings)
+
+
+def rate(
+    work: Workplace, rows: Sequence[Row], answers: Sequence[Codes], judges: Sequence[AcousticJudge],
+    system: PortSystem, weights: Weights, workers: int,
+) -> list[list[float]]:  # fmt: skip
+    """Each judge's composite rating, 1 to 10, of each answer to the row of the same place; 1 where nothing is heard.
+
+    Correctness is the judge's rating of the wanted tag; naturalness falls with the distance of the answer's length from
+    the target's, the one fault of naturalness that an acoustic judge can see.
+    """
+
+    def one(place: int) -> list[float]:
+        row, mixed = rows[place], answers[place]
+        try:
+            reference, before = work.reference(row)
+            moved = features(at_16k(system.decode(mixed, reference, seed=place))) - before
+        except EditxError:
+            return [1.0 for _ in judges]
+        stretch = abs(float(np.log2(max(len(mixed), 5) / len(row.target.mixed))))
+        natural = 10 - 9 * min(1.0, stretch)
+        ratings = []
+        for judge in judges:
+            correct = 1 + 9 * judge.score_change(row.edit.type, row.edit.detail or "", moved)
+            rating = Rating(candidate=str(place), rater="acoustic", correctness=correct, naturalness=natural)
+            ratings.append(composite(rating, weights))
+        return ratings
+
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(one, range(len(rows))))

@@ -1,0 +1,116 @@
+"""What a post-training starts from: recordings with codes, in groups of one voice and one text said in several manners.
+
+The small checkpoint's corpus is one such material. Parts of it are set aside by group, so that judges, preferences and
+training never see the same recordings. Knows nothing about training.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from services.trainer.data.manifest import Dataset, Refused, collect
+from services.trainer.data.rows import Row, Side
+from shared.audio.io import Waveform
+from shared.codes import Codes
+from shared.schemas.edit import Edit
+
+Part = Literal["judge_a", "judge_b", "held_out", "prompts", "sft"]
+NEUTRAL = "neutral"
+_TENTHS: dict[int, Part] = {0: "judge_a", 1: "judge_b", 2: "held_out", 3: "prompts"}
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One recording: codes, words, voice, manner ("neutral", "emotion/happy"), and the samples when they are wanted."""
+
+    id: str
+    group: int
+    text: str
+    language: str
+    speaker: str
+    manner: str
+    mixed: Codes
+    audio: Callable[[], Waveform]
+
+
+@dataclass(frozen=True)
+class Material:
+    """Items for training and, of other voices and texts, for the benchmark; all of one licence and origin."""
+
+    training: Sequence[Item]
+    benchmark: Sequence[Item]
+    licence: str
+    origin: str
+
+    def part(self, part: Part) -> list[Item]:
+        """The items of one part: groups are dealt out by tenths."""
+        return [item for item in self.training if _TENTHS.get(item.group % 10, "sft") == part]
+
+    def pairs(self, part: Part, kinds: Sequence[str] = ("emotion", "style", "speed")) -> list[tuple[Item, Item]]:
+        """Neutral and expressive items of one group, in the order of the material."""
+        neutral = {item.group: item for item in self.part(part) if item.manner == NEUTRAL}
+        return [
+            (neutral[item.group], item) for item in self.part(part)
+            if item.group in neutral and item.manner.partition("/")[0] in kinds
+        ]  # fmt: skip
+
+    def row(self, source: Item, target: Item, edit: Edit, margin: float | None = None) -> Row:
+        """A row from one item to another."""
+        return Row(
+            id=f"{source.id}-{target.id}-{str(edit).replace(' ', '-')}", edit=edit, margin=margin,
+            source=Side(text=source.text, mixed=source.mixed), target=Side(text=target.text, mixed=target.mixed),
+            speaker=source.speaker, language=source.language, licence=self.licence, origin=self.origin,
+        )  # fmt: skip
+
+    def clones(self, count: int, seed: int) -> Dataset:
+        """Neutral clones: reference and answer are two texts of one voice."""
+        voices: dict[str, list[Item]] = defaultdict(list)
+        for item in self.part("sft"):
+            if item.manner == NEUTRAL:
+                voices[item.speaker].append(item)
+        choices = [items for items in voices.values() if len(items) > 1]
+
+        def rows() -> list[Row | Refused]:
+            rng = np.random.default_rng((seed, 5))
+            made: list[Row | Refused] = []
+            for _ in range(count if choices else 0):
+                items = choices[int(rng.integers(len(choices)))]
+                reference, target = (items[int(k)] for k in rng.choice(len(items), 2, replace=False))
+                made.append(self.row(reference, target, Edit(type="clone", target_text=target.text)))
+            return made
+
+        return collect("clones", rows(), on_bad="skip")
+
+
+def edit_towards(manner: str) -> Edit:
+    """The edit that makes a neutral recording so: "emotion/happy" -> emotion happy."""
+    kind, _, detail = manner.partition("/")
+    return Edit.model_validate({"type": kind, "detail": detail})
+
+
+def nano_material() -> Material:
+    """The corpus of the small checkpoint, with the codes of its tokenizers. Needs `recipes.nano.codes` to have run."""
+    from services.trainer.recipes.nano.codes import Coded
+    from services.trainer.recipes.nano.teacher import SAMPLE_RATE_HZ
+    from shared.codes import interleave
+
+    def reader(coded: Coded, place: int) -> Callable[[], Waveform]:
+        return lambda: Waveform(coded.store.audio(place), SAMPLE_RATE_HZ)
+
+    def items(keep: str) -> list[Item]:
+        coded = Coded(keep=keep)
+        return [
+            Item(
+                f"k{found['row']['index']:07d}", int(found["row"]["group"]), found["row"]["text"],
+                found["row"]["language"], found["row"]["voice_name"], found["row"]["manner"],
+                interleave(found["linguistic"], found["semantic"]), reader(coded, found["i"]),
+            )
+            for found in coded.items
+        ]  # fmt: skip
+
+    return Material(items("train"), items("held_out"), "Apache-2.0", "kokoro-82m-controls")

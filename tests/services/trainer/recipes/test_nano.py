@@ -1,0 +1,169 @@
+"""The small checkpoint's recipes, as far as they need neither packages from outside nor hours."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from services.trainer.recipes.nano import augment, bundle, codes, corpus, llm, texts
+from services.trainer.recipes.nano.quantizer import Codebook
+from services.trainer.recipes.nano.run import Run, cosine
+from services.trainer.recipes.nano.teacher import MANNERS, SAMPLE_RATE_HZ, shift_formants, whisperise
+
+GLOSS = '00001740 03 n 01 thing 0 000 | a thing; "{0} are seldom far away"; "the {0} of the whole long day"\n'
+
+
+@pytest.fixture
+def wordnet(tmp_path: Path) -> Path:
+    for part in ("noun", "verb", "adj", "adv"):
+        lines = [GLOSS.format(f"{part}s number {word}") for word in ("one", "two", "three", "four", "five", "six")]
+        (tmp_path / f"data.{part}").write_text("".join(lines))
+    return tmp_path
+
+
+def voice(seconds: float = 1.0, pitch: float = 120.0) -> np.ndarray:
+    """A buzz with two resonances."""
+    time = np.arange(int(seconds * SAMPLE_RATE_HZ)) / SAMPLE_RATE_HZ
+    wave = sum(np.sin(2 * np.pi * pitch * k * time) / k for k in range(1, 40))
+    return (0.1 * np.asarray(wave)).astype(np.float32)
+
+
+def test_sentences_are_cleaned_and_split_by_their_text_alone(wordnet: Path) -> None:
+    sentences = texts.english(wordnet)
+    assert len(sentences) == 48
+    assert all(s.text[0].isupper() and s.text[-1] == "." for s in sentences)
+    assert all(s.held_out == texts.is_held_out(s.text) for s in sentences)
+
+
+def test_the_plan_is_the_same_every_time_and_groups_share_voice_and_text(wordnet: Path, tmp_path: Path) -> None:
+    hsk = tmp_path / "hsk.json"
+    hsk.write_text('[{"chinese": "今天天气很好。"}, {"chinese": "我们去公园散步。"}]', encoding="utf-8")
+    found = type("Found", (), {"wordnet": wordnet, "hsk": hsk})()
+    first, again = (list(islice(corpus.plan(found), 60)) for _ in range(2))
+    assert first == again
+    for row in first:
+        twin = next(r for r in first if r.group == row.group)
+        assert (row.text, row.voice) == (twin.text, twin.voice)
+        assert not row.voice.keys() & set(corpus.HELD_OUT_VOICES) or row.held_out
+
+
+def test_a_whisper_keeps_the_resonances_and_loses_the_pitch() -> None:
+    spoken = voice()
+    whispered = whisperise(spoken, seed=1)
+    assert whispered.shape == spoken.shape
+
+    def periodicity(x: np.ndarray) -> float:
+        lag = SAMPLE_RATE_HZ // 120
+        return float(np.corrcoef(x[:-lag], x[lag:])[0, 1])
+
+    assert periodicity(spoken) > 0.95
+    assert abs(periodicity(whispered)) < 0.3
+
+
+def test_moving_formants_up_shortens_by_the_same_factor() -> None:
+    assert len(shift_formants(voice(), 1.25)) == pytest.approx(SAMPLE_RATE_HZ / 1.25, abs=2)
+
+
+def test_noise_comes_at_the_ratio_asked_for() -> None:
+    rng = np.random.default_rng(0)
+    clean = voice()
+    noisy = augment.add_noise(clean, augment.colored_noise(len(clean), 1.0, rng), 10.0)
+    ratio = 10 * np.log10(np.mean(clean**2) / np.mean((noisy - clean) ** 2))
+    assert ratio == pytest.approx(10.0, abs=0.2)
+
+
+def test_degraded_speech_keeps_its_length_and_its_bounds() -> None:
+    clean = voice()[::2].copy()
+    for seed in range(12):
+        out = augment.degrade(clean, np.random.default_rng(seed), lambda: clean)
+        assert out.shape == clean.shape
+        assert float(np.abs(out).max()) <= 1.0
+        assert np.isfinite(out).all()
+
+
+def test_pauses_are_put_in_and_nothing_is_taken_out() -> None:
+    audio = voice()[::2].copy()
+    paused = codes.with_pauses(audio, 2, np.random.default_rng(0))
+    assert len(paused) > len(audio) + 2 * 0.35 * 16_000 - 1
+    assert np.count_nonzero(paused) == np.count_nonzero(audio)
+
+
+@pytest.mark.parametrize("cosine_distance", [False, True])
+def test_a_codebook_finds_the_clusters_and_passes_gradients_through(cosine_distance: bool) -> None:
+    torch.manual_seed(0)
+    centres = torch.nn.functional.normalize(torch.randn(6, 5), dim=1) * 4
+    data = centres.repeat(40, 1) + 0.01 * torch.randn(240, 5)
+    book = Codebook(6, 5, cosine=cosine_distance)
+    book.fit(data, rounds=10)
+    x = data.clone().requires_grad_()
+    quantised, found, commitment = book(x)
+    assert len(found.unique()) >= 5
+    quantised.sum().backward()
+    assert x.grad is not None
+    assert float(commitment.detach()) < 1.0
+
+
+def test_codes_that_nothing_uses_move_to_live_data() -> None:
+    torch.manual_seed(0)
+    book = Codebook(8, 2, decay=0.5)
+    book.centroids.copy_(torch.full((8, 2), 100.0))
+    book.centroids[0] = 0.0
+    for _ in range(20):
+        book(torch.randn(64, 2))
+    assert float(book.centroids.abs().max()) < 10.0
+
+
+def test_the_schedule_warms_up_and_ends_where_it_should() -> None:
+    assert cosine(0, 1000, 1.0, 0.1) == pytest.approx(0.01)
+    assert cosine(100, 1000, 1.0, 0.1) == pytest.approx(1.0)
+    assert cosine(1000, 1000, 1.0, 0.1) == pytest.approx(0.1)
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDITX_DATA", str(tmp_path))
+
+    def trained(stop: int | None) -> torch.Tensor:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 1)
+        optimizer = torch.optim.AdamW(layer.parameters(), 0.1)
+        run = Run(
+            "whole" if stop is None else "halves", {"model": layer, "optimizer": optimizer}, stop or 8, save_every=1
+        )
+        while run.going:
+            x = torch.from_numpy(np.random.default_rng(run.step).standard_normal((4, 3)).astype(np.float32))
+            loss = layer(x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.done_step({"loss": loss.detach()})
+        return layer.weight.detach().clone()
+
+    whole = trained(None)
+    trained(4)
+    assert torch.equal(trained(8), whole)
+
+
+def test_every_pair_of_manners_is_an_edit() -> None:
+    for source in MANNERS:
+        for target in MANNERS:
+            if source != target:
+                edit = llm.edit_between(source, target)
+                assert edit.type == (target if target != "neutral" else source).partition("/")[0]
+
+
+def test_a_bundle_that_leads_out_of_the_data_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDITX_DATA", str(tmp_path / "data"))
+    (tmp_path / "data").mkdir()
+    with tarfile.open(tmp_path / "bad.tar", "w") as out:
+        entry = tarfile.TarInfo("../outside")
+        entry.size = 1
+        out.addfile(entry, io.BytesIO(b"x"))
+    with pytest.raises(tarfile.OutsideDestinationError):
+        bundle.unpack(tmp_path / "bad.tar")
+    assert not (tmp_path / "outside").exists()
