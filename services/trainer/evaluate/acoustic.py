@@ -68,6 +68,7 @@ def features(audio: Audio) -> Vector:
     voiced = f0[(f0 > 0) & active]
     octaves = np.log2(voiced) if len(voiced) else np.zeros(1)
     spectrum = (np.abs(np.fft.rfft(frames[active] * np.hanning(FRAME))) ** 2).mean(0) + 1e-12
+    spectrum = np.maximum(spectrum, 1e-7 * spectrum.max())  # 70 dB below the peak nothing is heard
     hertz = np.fft.rfftfreq(FRAME, 1 / RATE_HZ)
     bands = [
         10 * np.log10(spectrum[(hertz >= a) & (hertz < b)].mean()) for a, b in ((100, 1000), (1000, 4000), (4000, 8000))
@@ -162,10 +163,12 @@ class AcousticJudge:
 
     def score(self, task: str, tag: str, source: Audio, audio: Audio) -> float:
         """Probability of the wanted tag, 0 to 1; 0 for a tag that the judge was not trained on."""
+        return self.score_change(task, tag, change(source, audio))
+
+    def score_change(self, task: str, tag: str, moved: Vector) -> float:
+        """The score from the changes of the features (len(FEATURES),)."""
         found = self._task(task)
-        if tag not in found.labels:
-            return 0.0
-        return float(found.probabilities(change(source, audio)[None])[0, found.labels.index(tag)])
+        return float(found.probabilities(moved)[0, found.labels.index(tag)]) if tag in found.labels else 0.0
 
     def rating(self, task: str, tag: str, source: Audio, audio: Audio) -> float:
         """The score as a rating from 1 to 10."""

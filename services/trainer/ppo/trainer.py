@@ -261,6 +261,15 @@ class PpoTrainer:
         return {"watched_reward": reward, "judge": judged, "divergence": self.watch.check(step, reward, judged)}
 
 
+@torch.no_grad()
+def as_critic(model: Step1Reward) -> Step1Reward:
+    """A reward model as the critic's start: its trunk stays, values begin at zero on the scale of returns."""
+    for tensor in (model.head.weight, model.head.bias, model.mean):
+        tensor.zero_()
+    model.std.fill_(1.0)
+    return model
+
+
 def hardest(rows: Sequence[Row], scores: Sequence[float], share: float) -> list[Row]:
     """The share of prompts (at least one) whose answers by the SFT model scored lowest, in their old order."""
     count = max(1, round(len(rows) * share))

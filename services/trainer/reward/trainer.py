@@ -42,6 +42,7 @@ from services.trainer.core.settings import (
 from services.trainer.data.rows import Row
 from shared.checkpoints.layout import Checkpoint
 from shared.checkpoints.reward import save_head
+from shared.codes import Codes
 from shared.errors import UserError
 from shared.models.reward import Step1Reward
 from shared.models.step1 import Step1
@@ -175,6 +176,14 @@ class RewardTrainer:
     def save(self, base: Checkpoint, target: Path) -> None:
         """Write the reward model as a checkpoint of its own: the published layout, flat, and the head's file."""
         save_reward(self.model, base, target, self.config.aggregate)
+
+    @torch.no_grad()
+    def score(self, row: Row, answers: Sequence[Codes], tokenizer: TextTokenizer) -> list[float]:
+        """Scores of answers to one prompt."""
+        turns = row.turns()
+        with self.loop.autocast():
+            chats = [encode(tokenizer, turns, mixed) for mixed in answers]
+            return [float(one) for one in score_chats(self.model, chats, self.config.aggregate)]
 
     @torch.no_grad()
     def evaluate(self, rows: Sequence[Row], tokenizer: TextTokenizer) -> dict[str, Any]:

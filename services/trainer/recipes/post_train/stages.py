@@ -230,9 +230,13 @@ class PostTrain:
                 Setup(c.iterations, c.seed, c.workers), measures=self.measures)  # fmt: skip
         results: dict[str, Any] = {name: read_results(self.root / "evaluation" / name) for name in SYSTEMS}
         report = write_report(results, self.root / "evaluation")
-        return {"report": str(report), "failed": sum("error" in line for lines in results.values() for line in lines),
-                "systems": {name: [{**row, "score": str(row["score"])} for row in summarise(lines)]
-                            for name, lines in results.items() if any("iterations" in one for one in lines)}}  # fmt: skip
+        tables = {
+            name: [{**row, "score": str(row["score"])} for row in summarise(lines)]
+            for name, lines in results.items()
+            if any("iterations" in line for line in lines)
+        }
+        failed = sum("error" in line for lines in results.values() for line in lines)
+        return {"report": str(report), "failed": failed, "systems": tables}
 
     def _material(self) -> Material:
         if self.material is None:
