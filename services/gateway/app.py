@@ -48,7 +48,9 @@ def create_app(backend: Backend, settings: GatewaySettings | None = None) -> Fas
         responses=problems.responses(422),
     )
     app.state.gateway = gateway
-    app.add_middleware(Observed, metrics=gateway.metrics, max_body=lambda _: settings.max_json_bytes)
+    app.add_middleware(
+        Observed, metrics=gateway.metrics, max_body=settings.max_json_bytes, on_defect=problems.unforeseen
+    )
     problems.install(app)
     openapi.install(app)
     for router in ROUTERS:

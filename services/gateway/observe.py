@@ -10,11 +10,13 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from opentelemetry.trace import SpanKind, Status, StatusCode
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.gateway.metrics import Metrics
@@ -23,6 +25,7 @@ from shared import telemetry
 log = logging.getLogger("editx.access")
 REQUEST_ID = "x-request-id"
 QUIET = frozenset({"/healthz", "/readyz", "/metrics"})
+OnDefect = Callable[[Request, Exception], Awaitable[Response]]
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{7,127}")
 _current: contextvars.ContextVar[str] = contextvars.ContextVar("editx_request_id", default="")
 
@@ -33,11 +36,15 @@ def request_id() -> str:
 
 
 class Observed:
-    """ASGI middleware. A client's own request id is kept where it looks like one."""
+    """ASGI middleware. A client's own request id is kept where it looks like one.
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, max_body: Callable[[str], int]) -> None:
+    An exception that nobody foresaw is answered by `on_defect`.
+    """
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, max_body: int, on_defect: OnDefect) -> None:
         self._app = app
         self._metrics = metrics
+        self._on_defect = on_defect
         self._max_body = max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,7 +57,7 @@ class Observed:
         reset = _current.set(identity)
         try:
             with telemetry.log_fields(request_id=identity):
-                await self._observed(scope, _limited(receive, self._max_body(scope["path"])), send, headers, identity)
+                await self._observed(scope, _limited(receive, self._max_body), send, headers, identity)
         finally:
             _current.reset(reset)
 
@@ -72,6 +79,10 @@ class Observed:
 
             try:
                 await self._app(scope, receive, tell)
+            except Exception as error:
+                if first_s:  # the answer has begun: all that is left is to break it off
+                    raise
+                await (await self._on_defect(Request(scope), error))(scope, receive, tell)
             finally:
                 route = getattr(scope.get("route"), "path", "unmatched")
                 span.update_name(f"{method} {route}")

@@ -132,7 +132,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(EditxError, _editx)
     app.add_exception_handler(RequestValidationError, _validation)
     app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(Exception, _unforeseen)
 
 
 async def _editx(request: Request, error: Exception) -> Response:
@@ -163,7 +162,8 @@ async def _http(request: Request, error: Exception) -> Response:
     return problem(request, error.status_code, code, str(error.detail), headers=dict(error.headers or {}))
 
 
-async def _unforeseen(request: Request, error: Exception) -> Response:
+async def unforeseen(request: Request, error: Exception) -> Response:
+    """The answer to an exception that nobody foresaw: it tells nothing of the inside, the log tells all."""
     log.error("unforeseen error at %s %s", request.method, request.url.path, exc_info=error)
     return problem(request, 500, "internal_error", "The gateway met an error that it did not foresee.",
                    "This is a defect; its log has the details under the request id.")  # fmt: skip

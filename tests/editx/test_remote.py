@@ -19,6 +19,7 @@ import soundfile
 from editx.cli.app import run
 from tests.fixtures.gateways import Served, serving, wav
 
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -113,10 +114,16 @@ def test_serve_answers_and_ends_on_a_signal(tiny: Path, tmp_path: Path) -> None:
                 time.sleep(0.1)
         assert httpx.get(f"{url}/readyz").json()["status"] == "ok"
         assert "<html" in httpx.get(url).text
+        with httpx.Client(base_url=url, headers={"traceparent": f"00-{TRACE}-00f067aa0ba902b7-01"}) as client:
+            fields = {"type": "denoise", "decode.steps": "1", "seed": "1"}
+            answer = client.post("/v1/audio/edits", data=fields, files={"audio": wav()}, timeout=60)
+            assert answer.json()["trace_id"] == TRACE
+            client.get(answer.headers["location"], headers={"prefer": "wait=50"}, timeout=60)
         assert re.search(r"^editx_http_requests_total", httpx.get(f"{url}/metrics").text, re.MULTILINE)
     finally:
         process.terminate()
         _, told = process.communicate(timeout=30)
     assert process.returncode == 0, told.decode()
-    names = [json.loads(line)["name"] for line in spans.read_text().splitlines()]
-    assert "GET /readyz" in names
+    traced = [span for span in map(json.loads, spans.read_text().splitlines()) if span["trace_id"] == TRACE]
+    names = {span["name"] for span in traced}
+    assert names >= {"POST /v1/audio/edits", "send editx.tokenize", "process editx.tokenize", "process editx.generate"}
