@@ -5,7 +5,7 @@ Knows names and numbers only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from shared.schemas.exchange import RESULTS, SUBMISSIONS
 from shared.schemas.route import DLQ_FAILED, DLQ_UNREADABLE, LANES, StepKind, topic_for
@@ -23,6 +23,15 @@ FEW_PARTITIONS = 4
 def group_of(service: str) -> str:
     """The group that the workers of a service read in."""
     return f"editx-{service}"
+
+
+def broker_group(group: str, topics: Iterable[str]) -> str:
+    """The id at the broker of a group's readers of some topics, such as editx-llm:editx.generate.
+
+    Each set of topics has its own: a group whose members read different topics is dealt partitions by a leader that
+    may not know the topics of the others.
+    """
+    return f"{group}:{'+'.join(sorted(topics))}"
 
 
 def topics(partitions: int = PARTITIONS) -> dict[str, int]:

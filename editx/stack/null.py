@@ -57,7 +57,7 @@ def answers() -> dict[str, Tensors]:
         "tokenizer": tokenized,
         "llm": generated,
         "reward": scores,
-        "decoder": {"audio": np.zeros(2880, np.float32)},
+        "decoder": {"audio": np.sin(np.arange(2880, dtype=np.float32) / 9) / 2},
     }
 
 

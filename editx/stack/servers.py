@@ -96,4 +96,4 @@ def triton(
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
     }
     ready = answers_http(f"http://127.0.0.1:{http_port}/v2/health/ready")
-    return Program("triton", command, ready, {**paths, **environment}, ready_s=180.0, stop_s=20.0)
+    return Program("triton", command, ready, {**environment, **paths}, ready_s=180.0, stop_s=20.0)

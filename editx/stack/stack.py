@@ -19,8 +19,9 @@ from typing import Literal
 from editx.stack import process, servers
 from editx.stack.models import SPECS, repository
 from editx.stack.process import NotReady, Program, Running
-from shared.bus.kafka import KafkaBus
+from shared.bus.kafka import KafkaBus, connect
 from shared.errors import UserError
+from shared.jobs.redis import RedisJobStore
 from shared.store.s3 import S3Store
 from shared.topology import topics
 
@@ -114,7 +115,11 @@ class Stack:
 
     def bus(self) -> KafkaBus:
         """A client of the stack's broker."""
-        return KafkaBus([f"127.0.0.1:{self.options.port + 11}"])
+        return connect(self.urls["EDITX_BUS_URL"])
+
+    def jobs(self) -> RedisJobStore:
+        """A client of the stack's job store."""
+        return RedisJobStore(self.urls["EDITX_JOBS_URL"])
 
     # What it consists of.
 

@@ -5,6 +5,7 @@ Knows no bus, store or server.
 
 from __future__ import annotations
 
+import contextvars
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +52,10 @@ class GenerateHandler:
         began = time.perf_counter()
         seeds = [(int(parameters["seed"]) + number * SEED_STRIDE) % (SEED_MAX + 1) for number in range(count)]
         with ThreadPoolExecutor(count) as pool:  # side by side, so that they share a batch
-            found = list(pool.map(lambda seed: self._generate(step, prompt, seed, bounds), seeds))
+            contexts = [contextvars.copy_context() for _ in seeds]  # the trace goes along
+            calls = [pool.submit(context.run, self._generate, step, prompt, seed, bounds)
+                     for context, seed in zip(contexts, seeds, strict=True)]  # fmt: skip
+            found = [call.result() for call in calls]
         names = [GENERATED] if count == 1 else [candidate(number) for number in range(count)]
         for name, generated in zip(names, found, strict=True):
             step.write(name, generated.to_bytes())

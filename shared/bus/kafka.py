@@ -23,9 +23,12 @@ from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from shared.bus.port import BusUnavailable, CommitRefused, Delivery, Headers, Moved, Partition
 from shared.errors import UserError
+from shared.topology import broker_group
 
 log = logging.getLogger(__name__)
 RECORD_BYTES_MAX = 1_000_000
+JOIN_WAIT_S = 0.5
+POSITION_WAIT_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,12 @@ class KafkaBus:
 
     def backlog(self, topic: str, group: str) -> int:
         """Records of a topic that a group has not committed: its lag. Raises BusUnavailable."""
-        consumer = KafkaConsumer(bootstrap_servers=self._servers, group_id=group, enable_auto_commit=False,
-                                 request_timeout_ms=self._settings.request_timeout_ms)  # fmt: skip
+        consumer = KafkaConsumer(
+            bootstrap_servers=self._servers,
+            group_id=broker_group(group, [topic]),
+            enable_auto_commit=False,
+            request_timeout_ms=self._settings.request_timeout_ms,
+        )
         try:
             numbers = consumer.partitions_for_topic(topic) or ()
             parts = [TopicPartition(topic, number) for number in numbers]
@@ -184,7 +191,7 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]
         try:
             self._consumer = KafkaConsumer(
                 bootstrap_servers=servers,
-                group_id=group,
+                group_id=broker_group(group, topics),
                 enable_auto_commit=False,
                 auto_offset_reset="earliest",
                 allow_auto_create_topics=False,
@@ -205,8 +212,9 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]
 
     def poll(self, timeout_s: float, max_records: int = 1) -> list[Delivery]:
         self._free_parked_records()
+        wait_s = max(timeout_s, self._least_wait_s())
         try:
-            batches = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
+            batches = self._consumer.poll(timeout_ms=int(wait_s * 1000), max_records=max_records)
         except (KafkaError, OSError) as error:
             log.warning("a poll of %s failed: %s", ", ".join(self._servers), error)
             return []
@@ -257,6 +265,12 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]
     def on_partitions_lost(self, lost: Collection[TopicPartition]) -> None:
         """Called instead of the above when the membership itself was lost."""
         self.on_partitions_revoked(lost)
+
+    def _least_wait_s(self) -> float:
+        """How long a poll must last for the client to get anywhere: joining starts afresh with every poll."""
+        if self._consumer._coordinator.need_rejoin():
+            return JOIN_WAIT_S
+        return 0.0 if self._consumer._subscription.has_all_fetch_positions() else POSITION_WAIT_S
 
     def _free_parked_records(self) -> None:
         """Let the client hand out what it fetched for a partition that was paused and is resumed.
