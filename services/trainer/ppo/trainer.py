@@ -28,7 +28,7 @@ from services.trainer.core.objectives import (
     value_loss,
     whiten,
 )
-from services.trainer.core.runs import Observer, TrainingRun
+from services.trainer.core.runs import Observer, TrainingRun, read_log
 from services.trainer.core.sampling import Ids, Sequences, Vocabulary, bounds_for, log_probs, sequences
 from services.trainer.core.schedules import cosine, set_lr
 from services.trainer.core.settings import (
@@ -250,6 +250,15 @@ class PpoTrainer:
         norm = clip_gradients(trainable(model), self.loop.grad_clip)
         optimizer.step()
         return norm
+
+    def gains(self) -> dict[str, float]:
+        """From the first to the last check of the watched prompts: reward, and the judge's score where there is one."""
+        lines = [line for line in read_log(self.run.folder) if "watched_reward" in line]
+        return {
+            f"{name}_gain": lines[-1][name] - lines[0][name]
+            for name in ("watched_reward", "judge")
+            if lines and name in lines[0]
+        }
 
     def _check(self, step: int) -> dict[str, float]:
         """Reward, and the judge's score where there is one, of answers to the watched prompts, always the same seed."""

@@ -1,0 +1,190 @@
+"""Training as jobs: a recipe by name with plain settings, carried out in a folder, measured, gated and published.
+
+Settings: "base" (checkpoint), "dataset" (a prefix in the artifact store or a folder), "held_out" (the same, for the
+measures), "config" (entries of the stage's dataclass), for ppo "reward" (checkpoint of the reward model); "publish"
+(name of the new checkpoint) and "gate" ({measure: lowest value}) for publishing. Knows no bus.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from services.trainer.core.configs import with_entries
+from services.trainer.core.export import write_checkpoint, write_sums
+from services.trainer.core.runs import Observer
+from services.trainer.core.sampling import Vocabulary
+from services.trainer.data.manifest import Dataset, fetch
+from services.trainer.data.rows import reason
+from services.trainer.ppo.config import PpoConfig
+from services.trainer.ppo.rollouts import LocalRollouts, LocalScorer
+from services.trainer.ppo.trainer import PpoTrainer, as_critic, prompts_of
+from services.trainer.reward.trainer import RewardConfig, RewardTrainer, save_reward
+from services.trainer.sft.trainer import SftConfig, SftTrainer, evaluate_loss
+from shared.checkpoints.layout import Checkpoint
+from shared.checkpoints.reward import FOLDER, load_reward
+from shared.checkpoints.step1 import load_step1, load_text_tokenizer
+from shared.errors import PermanentError, UserError
+from shared.store.port import ArtifactStore
+
+
+class TrainingSettings(BaseModel):
+    """The settings of a training job."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str
+    dataset: str
+    held_out: str | None = None
+    reward: str | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
+    publish: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    gate: dict[str, float] = Field(default_factory=dict)
+
+
+class GateFailed(PermanentError):
+    """The trained model is not better where the gate asks for it; nothing was published."""
+
+    default_code = "gate_failed"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a job works: its folder, the store for data sets, the device, who watches."""
+
+    folder: Path
+    store: ArtifactStore
+    device: str
+    observer: Observer
+
+    def dataset(self, source: str) -> Dataset:
+        """A data set by folder, or by prefix in the store."""
+        path = Path(source)
+        return Dataset.load(path) if path.exists() else fetch(self.store, source, self.folder)
+
+
+Measures = dict[str, float]
+Recipe = Callable[[TrainingSettings, Place], Measures]
+
+
+def parse_settings(settings: Mapping[str, Any]) -> TrainingSettings:
+    """Raises UserError naming what is wrong."""
+    try:
+        return TrainingSettings.model_validate(settings)
+    except ValidationError as error:
+        raise UserError(f"The training settings are wrong: {reason(error)}.", code="invalid_training") from error
+
+
+def carry_out(recipe: str, settings: TrainingSettings, place: Place) -> Measures:
+    """Train (from the folder's state if there is one) into folder/checkpoint; the measures. Raises UserError."""
+    if recipe not in RECIPES:
+        raise UserError(f"There is no recipe {recipe!r}.", f"Known: {', '.join(RECIPES)}.", "unknown_recipe")
+    return RECIPES[recipe](settings, place)
+
+
+def publish(settings: TrainingSettings, measures: Measures, folder: Path, target: Path) -> Path | None:
+    """Put folder/checkpoint under `target`/name if the gate lets it; None when nothing is to be published.
+
+    The new folder takes the old one's place in one rename. Raises GateFailed naming the measure.
+    """
+    for name, least in settings.gate.items():
+        if name not in measures:
+            raise GateFailed(f"The gate asks for {name}, which was not measured.",
+                             f"Measured: {', '.join(measures) or 'nothing'}; give held_out.")  # fmt: skip
+        if measures[name] < least:
+            raise GateFailed(f"{name} is {measures[name]:.4g}, the gate asks for {least:g}. Nothing was published.",
+                             "Train longer or on other data.")  # fmt: skip
+    if settings.publish is None:
+        return None
+    live, fresh = target / settings.publish, target / f".{settings.publish}.new"
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.copytree(folder / "checkpoint", fresh)
+    old = target / f".{settings.publish}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if live.exists():
+        live.rename(old)
+    fresh.rename(live)
+    shutil.rmtree(old, ignore_errors=True)
+    return live
+
+
+def _loop(settings: TrainingSettings, place: Place) -> dict[str, Any]:
+    """The config's entries with the worker's device."""
+    loop = {**settings.config.get("loop", {}), "device": place.device}
+    return {**settings.config, "loop": loop}
+
+
+def _sft(settings: TrainingSettings, place: Place) -> Measures:
+    base, dataset = Checkpoint.resolve(settings.base), place.dataset(settings.dataset)
+    config = with_entries(SftConfig(), _loop(settings, place))
+    tokenizer = load_text_tokenizer(base)
+    model = load_step1(base, dtype=torch.float32, device=place.device)
+    held_out = place.dataset(settings.held_out).rows if settings.held_out else ()
+    before = evaluate_loss(model, tokenizer, held_out, config) if held_out else 0.0
+    trainer = SftTrainer(model, tokenizer, dataset.rows, config, place.folder / "run",
+                         data={"dataset": dataset.content_hash}, observer=place.observer)  # fmt: skip
+    trainer.train()
+    _write(settings, place, base, trainer.state(), "sft", dataset)
+    if not held_out:
+        return {}
+    after = evaluate_loss(trainer.model, tokenizer, held_out, config)
+    return {"held_out_loss": after, "loss_gain": before - after}
+
+
+def _reward(settings: TrainingSettings, place: Place) -> Measures:
+    base, dataset = Checkpoint.resolve(settings.base), place.dataset(settings.dataset)
+    config = with_entries(RewardConfig(), _loop(settings, place))
+    tokenizer = load_text_tokenizer(base)
+    trunk = load_step1(base, dtype=torch.float32, device=place.device)
+    trainer = RewardTrainer(trunk, tokenizer, dataset.rows, config, place.folder / "run",
+                            data={"dataset": dataset.content_hash}, observer=place.observer)  # fmt: skip
+    trainer.train()
+    untouched = load_step1(base, dtype=torch.float32).state_dict()
+    made = _write(settings, place, base, untouched, "reward", dataset)
+    save_reward(trainer.model, base, made.root / FOLDER, config.aggregate)
+    write_sums(made.root)
+    if not settings.held_out:
+        return {}
+    report = trainer.evaluate(place.dataset(settings.held_out).rows, tokenizer)
+    return {"accuracy": report["accuracy"], "calibration_error": report["calibration_error"]}
+
+
+def _ppo(settings: TrainingSettings, place: Place) -> Measures:
+    if settings.reward is None:
+        raise UserError("A ppo job needs reward: the checkpoint of the reward model.", code="invalid_training")
+    base, scored = Checkpoint.resolve(settings.base), Checkpoint.resolve(settings.reward)
+    dataset = place.dataset(settings.dataset)
+    held_out = place.dataset(settings.held_out).rows if settings.held_out else ()
+    config = with_entries(PpoConfig(), _loop(settings, place))
+    tokenizer = load_text_tokenizer(base)
+    vocabulary = Vocabulary(tokenizer.audio_offset, tokenizer.eos)
+    actor, reference = (load_step1(base, dtype=torch.float32, device=place.device) for _ in range(2))
+    judge, critic = (load_reward(scored, dtype=torch.float32, device=place.device)[0] for _ in range(2))
+    trainer = PpoTrainer(
+        actor, as_critic(critic), reference, prompts_of(tokenizer, dataset.rows, config),
+        LocalRollouts(load_step1(base, device=place.device), vocabulary), LocalScorer(judge, vocabulary), vocabulary,
+        config, place.folder / "run", watched=prompts_of(tokenizer, held_out, config),
+        data={"dataset": dataset.content_hash}, observer=place.observer,
+    )  # fmt: skip
+    trainer.train()
+    _write(settings, place, base, trainer.state(), "ppo", dataset)
+    return trainer.gains()
+
+
+def _write(
+    settings: TrainingSettings, place: Place, base: Checkpoint, state: Mapping[str, torch.Tensor], stage: str,
+    dataset: Dataset,
+) -> Checkpoint:  # fmt: skip
+    name = settings.publish or f"{base.metadata.name}-{stage}"
+    facts = {"stage": stage, "base": base.metadata.name, "dataset": f"{dataset.name}/{dataset.version}"}
+    return write_checkpoint(base, place.folder / "checkpoint", state, name=name, version=dataset.version, facts=facts)
+
+
+RECIPES: dict[str, Recipe] = {"sft": _sft, "reward": _reward, "ppo": _ppo}
