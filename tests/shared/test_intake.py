@@ -1,0 +1,153 @@
+"""Submissions over the bus: one job each, rejections with a reason, nothing lost while something is away."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from shared.bus.memory import MemoryBus
+from shared.bus.port import Subscription
+from shared.deadletters import dead_letters, replay
+from shared.intake import Intake
+from shared.jobs.memory import MemoryJobStore
+from shared.jobs.port import JobStoreUnavailable
+from shared.schemas import Job
+from shared.schemas.exchange import AUDIO_BYTES_MAX, RESULTS, SUBMISSIONS, Result
+from shared.store.folder import FolderStore
+
+PATIENCE_S = 15.0
+
+
+class ShakyJobs(MemoryJobStore):
+    """Refuses the first few records."""
+
+    refusals = 0
+
+    def create(self, job: Job, *args: object, **kwargs: object):  # type: ignore[no-untyped-def]
+        if self.refusals > 0:
+            self.refusals -= 1
+            raise JobStoreUnavailable("away for a moment")
+        return super().create(job, *args, **kwargs)  # type: ignore[arg-type]
+
+
+@dataclass
+class World:
+    bus: MemoryBus
+    store: FolderStore
+    jobs: ShakyJobs
+    results: Subscription
+    steps: Subscription
+
+    def submit(self, name: str = "one", **changes: object) -> None:
+        document = {
+            "submission_id": name, "request": {"edit": {"type": "denoise"}},
+            "audio": base64.b64encode(b"RIFF").decode(), **changes,
+        }  # fmt: skip
+        self.bus.publish(
+            SUBMISSIONS,
+            name,
+            json.dumps(document).encode(),
+            (("traceparent", b"00-" + b"1" * 32 + b"-" + b"2" * 16 + b"-01"),),
+        )
+
+    def due(self, count: int, reader: Subscription, patience_s: float = PATIENCE_S) -> list[bytes]:
+        found: list[bytes] = []
+        until = time.monotonic() + patience_s
+        while len(found) < count and time.monotonic() < until:
+            found += [record.value for record in reader.poll(0.05, max_records=10)]
+        return found
+
+    def result(self) -> Result:
+        return Result.model_validate_json(self.due(1, self.results)[0])
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    bus, store, jobs = MemoryBus(), FolderStore(tmp_path), ShakyJobs()
+    world = World(bus, store, jobs, bus.subscribe([RESULTS], "me"), bus.subscribe(["editx.tokenize"], "workers"))
+    intake = Intake(bus, store, jobs, keep_s=3600.0, poll_s=0.05)
+    thread = threading.Thread(target=intake.run)
+    thread.start()
+    yield world
+    intake.stop()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+
+
+def test_a_submission_becomes_a_job_whose_first_step_is_due(world: World) -> None:
+    world.submit()
+    [step] = world.due(1, world.steps)
+    job = world.jobs.get(json.loads(step)["job_id"])
+    assert (job.reference, job.owner, job.trace["traceparent"][3:35]) == ("one", "local", "1" * 32)
+    assert world.store.get(job.step.inputs["audio"]) == b"RIFF"
+    assert job.expires_at is not None
+
+
+def test_the_same_submission_sent_again_is_one_job(world: World) -> None:
+    for _ in range(3):
+        world.submit()
+    assert len(world.due(2, world.steps, patience_s=1.0)) == 1
+    assert len(world.jobs.list().jobs) == 1
+
+
+def test_another_request_under_a_known_id_is_rejected(world: World) -> None:
+    world.submit()
+    world.submit(request={"edit": {"type": "vad"}})
+    result = world.result()
+    assert (result.state, result.submission_id, result.job_id) == ("rejected", "one", "")
+    assert result.error is not None
+    assert result.error.code == "idempotency_conflict"
+
+
+def test_an_unknown_tag_is_rejected_with_the_nearest_known_one(world: World) -> None:
+    world.submit(request={"edit": {"type": "emotion", "detail": "hapy"}, "text": "Hello."})
+    result = world.result()
+    assert result.error is not None
+    assert "happy" in f"{result.error.message} {result.error.hint}"
+
+
+def test_a_recording_that_is_not_there_is_rejected(world: World) -> None:
+    request = {"edit": {"type": "denoise"}, "source_key": "uploads/nowhere"}
+    world.submit(audio=None, request=request)
+    result = world.result()
+    assert result.error is not None
+    assert result.error.code == "artifact_not_found"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [b"", b"not json", b"{}", b'{"schema_version": 2}', b"\xff" * 100,
+     json.dumps({"submission_id": "x", "request": {"edit": {"type": "denoise"}},
+                 "audio": base64.b64encode(bytes(AUDIO_BYTES_MAX + 1)).decode()}).encode()],
+)  # fmt: skip
+def test_what_is_no_submission_goes_to_the_dead_letters_with_its_reason(world: World, value: bytes) -> None:
+    world.bus.publish(SUBMISSIONS, "bad", value)
+    world.submit("good")
+    assert len(world.due(1, world.steps)) == 1
+    [letter] = list(dead_letters(world.bus, quiet_s=0.3))
+    assert (letter.delivery.value, letter.document()["code"]) == (value, "unreadable_message")
+    assert letter.document()["origin"]["topic"] == SUBMISSIONS
+
+
+def test_an_unreadable_message_is_replayed_to_its_topic(world: World) -> None:
+    world.bus.publish(SUBMISSIONS, "bad", b"not json")
+    [letter] = list(dead_letters(world.bus, quiet_s=1.0))
+    assert replay(letter, world.bus, world.jobs) is None
+    until = time.monotonic() + PATIENCE_S
+    while len(letters := list(dead_letters(world.bus, quiet_s=0.3))) < 2:
+        assert time.monotonic() < until
+    assert {one.delivery.value for one in letters} == {b"not json"}
+
+
+def test_a_submission_waits_while_the_job_store_is_away(world: World) -> None:
+    world.jobs.refusals = 1
+    world.submit()
+    world.submit("two")
+    assert len(world.due(2, world.steps)) == 2
