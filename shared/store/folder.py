@@ -24,6 +24,7 @@ from shared.errors import UserError
 from shared.store.port import ArtifactInfo, ArtifactNotFound, InvalidKey, StoreUnavailable, check_key
 
 BLOCK = 1 << 20
+MOVES_MAX = 20
 Method = Literal["GET", "PUT"]
 
 
@@ -75,8 +76,7 @@ class FolderStore:
                 os.fsync(file.fileno())
                 facts = {"size": size, "sha256": digest.hexdigest(), "content_type": content_type}
                 self._write_facts(key, facts)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(name, target)
+                _move(name, target)
         except (NotADirectoryError, IsADirectoryError, FileExistsError) as error:
             raise InvalidKey(f"{key} is a folder of other keys, or lies below an object.") from error
         except OSError as error:
@@ -169,8 +169,9 @@ class FolderStore:
 
     def _keys(self, prefix: str) -> set[str]:
         top = self._objects / Path(prefix).parent if "/" in prefix.rstrip("/") else self._objects
-        found = (path.relative_to(self._objects).as_posix() for path in top.rglob("*") if path.is_file())
-        return {key for key in found if key.startswith(prefix)}
+        found = (Path(folder, name) for folder, _, names in os.walk(top) for name in names)  # skips what goes meanwhile
+        keys = (path.relative_to(self._objects).as_posix() for path in found)
+        return {key for key in keys if key.startswith(prefix)}
 
     def _info(self, key: str, path: Path) -> ArtifactInfo:
         facts: dict[str, Any] = {}
@@ -183,11 +184,10 @@ class FolderStore:
 
     def _write_facts(self, key: str, facts: dict[str, object]) -> None:
         path = self._facts_path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
         with _temporary(self._tmp) as (file, name):
             file.write(json.dumps(facts).encode())
             file.flush()
-            os.replace(name, path)
+            _move(name, path)
 
 
 class _temporary:
@@ -204,6 +204,18 @@ class _temporary:
         self._file.close()
         with suppress(FileNotFoundError):
             os.unlink(self._name)
+
+
+def _move(name: str, target: Path) -> None:
+    """Rename a file into a folder that is made if need be, also while another thread removes it as empty."""
+    for left in reversed(range(MOVES_MAX)):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(name, target)
+            return
+        except (FileNotFoundError, FileExistsError):  # the second is mkdir's where the folder goes as it looks
+            if not left:
+                raise
 
 
 def _remove_empty(folder: Path, top: Path) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -135,3 +136,16 @@ def test_presigned_urls_name_the_object_and_differ_by_method(store: ArtifactStor
 
 def test_the_store_answers_a_ping(store: ArtifactStore) -> None:
     store.ping()
+
+
+def test_neighbours_come_and_go_while_others_put_and_list(store: ArtifactStore, prefix: str) -> None:
+    def come_and_go(name: str) -> None:
+        for _ in range(25):
+            store.put(f"{prefix}deep/{name}", b"here")
+            assert store.get(f"{prefix}deep/{name}") == b"here"
+            assert list(store.list(prefix)) is not None
+            store.delete(f"{prefix}deep/{name}")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(come_and_go, "abcd"))
+    assert list(store.list(prefix)) == []
