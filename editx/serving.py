@@ -5,25 +5,19 @@ The composition root of `editx serve`. Knows which adapters there are; the gatew
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import uvicorn
-
 from editx.embedded import Embedded
-from services.gateway.app import create_app
 from services.gateway.backend import Backend, encoder, open_backend
 from services.gateway.routes.artifacts import PREFIX
+from services.gateway.server import serve
 from services.gateway.settings import GatewaySettings
-from shared import telemetry
 from shared.checkpoints.layout import Checkpoint
 from shared.schemas.route import StepKind
 from shared.store.folder import FolderStore
 
 STEPS: tuple[StepKind, ...] = ("tokenize", "generate", "score", "decode")
-GRACE_S = 10
 
 
 @dataclass(frozen=True)
@@ -66,18 +60,3 @@ def serve_embedded(choices: Choices, settings: GatewaySettings) -> None:
 def serve_hosted(settings: GatewaySettings) -> None:
     """Serve the gateway alone, over the servers that the EDITX_*_URL settings name, until interrupted."""
     serve(open_backend(settings), settings)
-
-
-def serve(backend: Backend, settings: GatewaySettings) -> None:
-    """Run the HTTP server; open event streams get a few seconds to end."""
-    telemetry.configure_logs(settings.log_level, as_json=settings.log_json)
-    end = telemetry.configure("gateway", spans_file=settings.spans_file, otlp_endpoint=settings.otlp_endpoint)
-    try:
-        config = uvicorn.Config(
-            create_app(backend, settings), host=settings.host, port=settings.port, access_log=False, log_config=None,
-            timeout_graceful_shutdown=GRACE_S, server_header=False,
-        )  # fmt: skip
-        with suppress(KeyboardInterrupt):  # uvicorn ends in order and then raises the signal that ended it
-            asyncio.run(uvicorn.Server(config).serve())
-    finally:
-        end()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from dataclasses import dataclass, field
 
 from services.gateway.access import Admission, Keys, Listeners
@@ -18,8 +19,7 @@ from services.gateway.webhooks import Webhooks
 from shared.errors import EditxError
 
 log = logging.getLogger(__name__)
-LOOK_EVERY_S = 1.0
-TIDY_EVERY = 600  # looks
+TIDY_EVERY_S = 600.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,13 +58,13 @@ class Gateway:
 
     async def watch(self) -> None:
         """Keep the backlog fresh and remove uploads that nobody used, until cancelled."""
-        ticks = 0
+        tidy_at = 0.0
         while True:
             try:
                 await blocking(self.admission.look)
-                if ticks % TIDY_EVERY == 0:
+                if time.monotonic() >= tidy_at:
+                    tidy_at = time.monotonic() + TIDY_EVERY_S
                     await blocking(self.backend.store.expire, UPLOADS, self.settings.upload_keep_s)
             except EditxError as error:
                 log.warning("the backlog is not known: %s", error)
-            ticks += 1
-            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.sleep(self.settings.backlog_every_s)

@@ -143,11 +143,11 @@ def own_job(gateway: Gateway, principal: Principal, job_id: str) -> Job:
 
 def is_gone(job: Job, now: float) -> bool:
     """Whether a job was deleted or has expired, though its record may still be there."""
-    return job.expires_at is not None and job.expires_at <= now
+    return job.discarded or (job.expires_at is not None and job.expires_at <= now)
 
 
 def discard(gateway: Gateway, job: Job) -> None:
-    """Delete a job and its artifacts; an open one is cancelled and deleted once its worker has let go."""
+    """Delete a job and its artifacts; an open one is cancelled, and deleted once its worker has let go."""
     jobs, store = gateway.backend.jobs, gateway.backend.store
     job = machine.apply(jobs, job.id, machine.discard)
     if not job.is_terminal:

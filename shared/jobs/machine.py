@@ -233,9 +233,13 @@ def request_cancel(job: Job, now: float) -> Move:
 
 
 def discard(job: Job, now: float) -> Move:
-    """Forget the job, with its artifacts, at the next purge after it has ended; an open job is cancelled as well."""
-    expired = _next(job, now, expires_at=now)
-    return Move(expired) if job.is_terminal else request_cancel(expired, now)
+    """Forget the job, with its artifacts, at the next purge after it has ended; an open job is cancelled as well.
+
+    The record of one that waits in a queue stays until its message has been seen.
+    """
+    queued = not job.is_terminal and (job.lease is None or job.lease.expires_at <= now)
+    gone = _next(job, now, discarded=True, expires_at=now + QUEUE_GRACE_S if queued else now)
+    return Move(gone) if job.is_terminal else request_cancel(gone, now)
 
 
 def close_cancelled(job: Job, token: int, now: float) -> Move:

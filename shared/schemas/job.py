@@ -102,6 +102,9 @@ class Job(BaseModel):
     updated_at: float
     started_at: float | None = None
     finished_at: float | None = None
+    discarded: bool = Field(
+        default=False, description="Its owner deleted it; the record stays until nobody asks for it."
+    )
     expires_at: float | None = Field(default=None, description="Record and artifacts may be deleted from then on.")
     step_started_at: float | None = None
     timings: tuple[StepTiming, ...] = ()

@@ -13,7 +13,7 @@ from services.gateway.threads import blocking
 from shared.errors import EditxError
 
 router = APIRouter(tags=["health"])
-NEEDED = ("tokenizer", "llm", "decoder")
+MODELS = ("tokenizer", "llm", "decoder")
 
 
 @router.get("/healthz", response_model=dict[str, str])
@@ -24,7 +24,10 @@ async def live() -> dict[str, str]:
 
 @router.get("/readyz", response_model=dict[str, str], responses={503: {"model": dict[str, str]}})
 async def ready(gateway: GatewayOf) -> Response:
-    """Bus, store, job store and models answer; 503 names those that do not."""
+    """Bus, store and job store answer; 503 names those that do not.
+
+    Models are named too and decide nothing: jobs are accepted while they are being started.
+    """
     backend = gateway.backend
     checks: dict[str, Callable[[], None]] = {
         "bus": backend.bus.ping,
@@ -32,9 +35,9 @@ async def ready(gateway: GatewayOf) -> Response:
         "jobs": backend.jobs.ping,
     }
     found = {name: await blocking(_state, check) for name, check in checks.items()}
-    for name in NEEDED:
-        found[name] = "ok" if await blocking(partial(backend.inference.ready, name)) else "not ready"
     is_ready = all(state == "ok" for state in found.values())
+    for name in MODELS:
+        found[name] = "ok" if await blocking(partial(backend.inference.ready, name)) else "not ready"
     return JSONResponse({"status": "ok" if is_ready else "not ready", **found}, 200 if is_ready else 503)
 
 

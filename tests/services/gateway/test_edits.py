@@ -12,6 +12,7 @@ import httpx
 import pytest
 import soundfile
 
+from shared.schemas.route import DLQ_UNREADABLE
 from tests.fixtures.gateways import Served, events, wav
 
 HAPPY = {"type": "emotion", "detail": "happy", "text": "Well then."}
@@ -154,6 +155,18 @@ def test_deleting_a_job_deletes_its_artifacts(served: Served, client: httpx.Clie
     assert client.get(f"/v1/jobs/{job['id']}").status_code == 404
     assert httpx.get(job["audio"][0]["url"]).status_code == 404
     assert client.delete(f"/v1/jobs/{job['id']}").status_code == 404
+
+
+def test_deleting_a_job_that_waits_leaves_no_dead_letter(served: Served, client: httpx.Client) -> None:
+    served.llm.gate.clear()
+    try:
+        waiting = [edit(client).json()["id"] for _ in range(8)]
+        assert {client.delete(f"/v1/jobs/{job_id}").status_code for job_id in waiting} == {204}
+        assert not {job["id"] for job in client.get("/v1/jobs").json()["data"]} & set(waiting)
+    finally:
+        served.llm.gate.set()
+    assert finished(client)["status"] == "done"
+    assert served.system.bus.backlog(DLQ_UNREADABLE, "nobody") == 0
 
 
 def test_jobs_are_listed_newest_first_in_pages(client: httpx.Client) -> None:

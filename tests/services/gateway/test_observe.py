@@ -51,6 +51,14 @@ def test_readiness_names_what_does_not_answer(
     assert client.get("/healthz").status_code == 200
 
 
+def test_models_that_are_away_do_not_keep_the_gateway_from_taking_jobs(
+    served: Served, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served.system.inference, "ready", lambda _: False)
+    answer = client.get("/readyz")
+    assert (answer.status_code, answer.json()["llm"]) == (200, "not ready")
+
+
 def test_a_store_that_is_away_is_a_503_with_the_time_to_come_again(
     served: Served, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
