@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from editx.cli import options
+from shared.errors import MissingComponent
 
 PUBLIC = frozenset({"0.0.0.0", "::"})
 
@@ -33,8 +34,13 @@ def serve(
     warm: Annotated[bool, typer.Option("--warm/--cold", help="Load the models before the first call.")] = True,
 ) -> int:
     """Serve the HTTP API and the web studio until interrupted."""
-    from editx import serving
-    from services.gateway.settings import GatewaySettings
+    try:
+        from editx import serving
+        from services.gateway.settings import GatewaySettings
+    except ModuleNotFoundError as error:
+        raise MissingComponent(
+            f"The package {error.name}", "editx serve needs it", "Install it with `pip install editx[stack]`."
+        ) from error
 
     shown = "127.0.0.1" if host in PUBLIC else host
     public_url = os.environ.get("EDITX_PUBLIC_URL") or f"http://{shown}:{port}"
