@@ -66,6 +66,9 @@ GROUPS = {
     "stack": "editx.cli.stack",
     "models": "editx.cli.models",
     "dlq": "editx.cli.dlq",
+    "data": "editx.cli.data",
+    "train": "editx.cli.train",
+    "eval": "editx.cli.evaluate",
 }
 """Commands with commands of their own: their name to the module whose `app` holds them.
 

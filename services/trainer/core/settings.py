@@ -25,7 +25,8 @@ class LoopConfig:
     """How a run goes, whatever it learns.
 
     `lr` falls to `final_lr` along half a cosine after `warmup_steps`. An optimizer step takes `accumulate` batches per
-    process. `precision` "auto" is bf16 on devices that are fast at it. `lora_rank` 0 trains all weights.
+    process. `precision` "auto" is bf16 on devices that are fast at it. `lora_rank` 0 trains all weights. `attention`
+    is Step1's: "dense" needs no compiler and suits short chats on small models, "flex" saves memory on large ones.
     """
 
     lr: float
@@ -37,6 +38,7 @@ class LoopConfig:
     seed: int = 0
     precision: Literal["auto", "bf16", "float32"] = "auto"
     gradient_checkpointing: bool = False
+    attention: Literal["auto", "flex", "dense"] = "auto"
     lora_rank: int = 0
     lora_alpha: int = 32
     sharding: Sharding = "none"
@@ -71,6 +73,7 @@ def prepare(model: nn.Module, config: LoopConfig, group: Group) -> nn.Module:
     if config.lora_rank:
         add_lora(trunk, config.lora_rank, config.lora_alpha)
     trunk.gradient_checkpointing = config.gradient_checkpointing
+    trunk.attention = config.attention
     model.to(config.device)
     return group.shard(model).train()
 

@@ -90,6 +90,7 @@ class PpoTrainer:
         self.actor = cast(Step1, prepare(actor, self.loop, self.group))
         self.critic = cast(Step1Reward, prepare(critic, self.loop, self.group))
         self.critic.trunk.lm_head.requires_grad_(False)
+        reference.attention = self.loop.attention
         self.reference = self.group.shard(reference.to(self.loop.device).requires_grad_(False).eval())
         self.actor_optimizer = make_optimizer(self.actor, self.loop)
         self.critic_optimizer = make_optimizer(self.critic, self.loop)

@@ -48,7 +48,8 @@ class PostTrainConfig:
 
 
 def _loop(lr: float, final: float, device: str, **more: object) -> LoopConfig:
-    return replace(LoopConfig(lr=lr, final_lr=final, device=device, log_every=5, save_every=50), **more)  # type: ignore[arg-type]
+    plain = LoopConfig(lr=lr, final_lr=final, device=device, attention="dense", log_every=5, save_every=50)
+    return replace(plain, **more)  # type: ignore[arg-type]
 
 
 def gpu() -> PostTrainConfig:
@@ -96,7 +97,9 @@ def official(device: str = "cuda") -> PostTrainConfig:
     """The 3B release: the rates of arXiv 2511.03601, sharded over several GPUs under torchrun, with recomputation."""
 
     def loop(lr: float, final: float) -> LoopConfig:
-        return _loop(lr, final, device, sharding="fsdp", gradient_checkpointing=True, precision="bf16")
+        return _loop(
+            lr, final, device, sharding="fsdp", gradient_checkpointing=True, precision="bf16", attention="flex"
+        )
 
     return PostTrainConfig(
         device=device, pairs=40_000, clones=40_000, prompts=4000, held_out=400, cases=2000,

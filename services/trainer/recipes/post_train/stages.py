@@ -252,7 +252,9 @@ class PostTrain:
 
     def _model(self, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Step1:
         """A language model on the config's device; by default in the dtype that runs fastest there."""
-        return load_step1(checkpoint, dtype=dtype, device=self.config.device)
+        model = load_step1(checkpoint, dtype=dtype, device=self.config.device)
+        model.attention = self.config.sft.loop.attention
+        return model
 
     def _reward(self) -> Any:
         return load_reward(Checkpoint(self.work.checkpoint("reward")), dtype=torch.float32, device=self.config.device)[

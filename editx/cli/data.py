@@ -1,0 +1,126 @@
+"""`editx data`: build, look at, check and rate data sets for post-training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from editx.cli import options
+
+app = typer.Typer(help="Build, describe, check and rate data sets for post-training.", no_args_is_help=True)
+
+Set = Annotated[Path, typer.Argument(help="Folder of a version of a data set, or a JSONL file of rows.")]
+
+
+@app.command()
+def build(
+    description: Annotated[Path, typer.Argument(help="YAML or JSON: kind, name and what it is built from.")],
+    out: Annotated[Path, typer.Option(help="Folder of data sets.")] = Path("out/datasets"),
+    checkpoint: options.CheckpointOption = "nano",
+    device: options.DeviceOption = "cpu",
+    as_json: options.JsonOption = False,
+) -> None:
+    """Build a data set: a version named by its content; the same material gives the same version."""
+    from editx.training import Served
+    from services.trainer.core.configs import read_config
+    from services.trainer.data.build import tokenize_with
+    from services.trainer.data.specs import build_spec
+    from shared.checkpoints.layout import Checkpoint
+
+    served = Served()
+    try:
+        dataset = build_spec(
+            read_config(description),
+            description.parent,
+            lambda: tokenize_with(served(Checkpoint.resolve(checkpoint).root, device)),
+        )
+    finally:
+        served.close()
+    folder = dataset.save(out)
+    document = {"folder": str(folder), "version": dataset.version, "rows": len(dataset.rows),
+                "refused": [refused.__dict__ for refused in dataset.refused]}  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(document))
+        return
+    console = Console(stderr=True)
+    for refused in dataset.refused:
+        console.print(f"row {refused.row} ({refused.id}) left out: {refused.reason}", markup=False, highlight=False)
+    console.print(f"{folder}: {len(dataset.rows)} rows, {len(dataset.refused)} left out.", highlight=False)
+
+
+@app.command()
+def stats(
+    dataset: Set,
+    picture: Annotated[Path | None, typer.Option(help="Draw the margins into this PNG.")] = None,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Hours, speakers, languages, categories, licences and margins."""
+    from services.trainer.core.plots import draw_histograms
+    from services.trainer.data.checks import statistics
+    from services.trainer.data.manifest import Dataset
+
+    found = Dataset.load(dataset)
+    document = statistics(found)
+    if picture is not None:
+        margins: dict[str, list[float]] = {}
+        for row in found.rows:
+            if row.margin is not None:
+                margins.setdefault(row.category, []).append(row.margin)
+        draw_histograms(margins, picture, f"margins of {found.name}")
+    if as_json:
+        typer.echo(json.dumps(document))
+        return
+    table = Table("", "", title=f"{found.name} {found.version}", show_header=False)
+    for name, value in document.items():
+        table.add_row(name, _shown(value))
+    Console().print(table)
+
+
+@app.command()
+def check(
+    dataset: Set,
+    against: Annotated[list[Path], typer.Option(help="Evaluation sets that must share nothing with it.")],
+    share_speakers: Annotated[bool, typer.Option(help="Speakers may be shared.")] = False,
+) -> None:
+    """Fail if speakers, texts or audio of an evaluation set are in the data set."""
+    from services.trainer.data.checks import HeldOut, check_leaks
+    from services.trainer.data.manifest import Dataset
+
+    held_out = [HeldOut.of(str(path), Dataset.load(path).rows) for path in against]
+    found = Dataset.load(dataset)
+    check_leaks(found.rows, held_out, speakers=not share_speakers)
+    typer.echo(f"{found.name} {found.version}: no leaks into {', '.join(str(path) for path in against)}.")
+
+
+@app.command()
+def rate(
+    items: Annotated[Path, typer.Argument(help="JSONL: candidate, instruction, text, source, audio (paths).")],
+    rater: Annotated[str, typer.Option(help="Your name; the order of the candidates follows from it.")],
+    out: Annotated[Path, typer.Option(help="JSONL file that ratings are appended to.")] = Path("ratings.jsonl"),
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 0,
+) -> None:
+    """Open a local page to listen to candidates and rate them from 1 to 5, blind and shuffled."""
+    from services.trainer.data.rating import Item, RatingServer
+
+    lines = [json.loads(line) for line in items.read_text(encoding="utf-8").splitlines() if line.strip()]
+    made = [Item(line["candidate"], line["instruction"], line["text"], items.parent / line["source"],
+                 items.parent / line["audio"]) for line in lines]  # fmt: skip
+    server = RatingServer(made, rater, out, port)
+    typer.echo(f"Listen and rate at {server.url} (Ctrl-C ends; ratings are in {out})")
+    try:
+        server.serve()
+    finally:
+        server.close()
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, dict):
+        return "\n".join(f"{name}: {_shown(part)}" for name, part in value.items())
+    return str(value)

@@ -1,0 +1,113 @@
+"""`editx eval`: run the edit benchmark against a checkpoint, report, and fit the offline judge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from editx.cli import options
+
+if TYPE_CHECKING:
+    from services.trainer.evaluate.remote import Judge
+
+app = typer.Typer(help="Benchmark edits: accuracy by iteration, words, voice and naturalness.", no_args_is_help=True)
+
+
+@app.command()
+def run(
+    benchmark: Annotated[Path, typer.Argument(help="JSONL in the format of Step-Audio-Edit-Benchmark.")],
+    out: Annotated[Path, typer.Option(help="Result folder; a run that stopped goes on from it.")],
+    checkpoint: options.CheckpointOption = "nano",
+    judge: Annotated[
+        str, typer.Option(help="A judge file of `fit-judge`, gemini:MODEL or openai:MODEL.")
+    ] = "judge.json",
+    judge_url: Annotated[str, typer.Option(envvar="EDITX_JUDGE_URL", help="Address of the judge's API.")] = "",
+    judge_key: Annotated[str, typer.Option(envvar="EDITX_JUDGE_KEY", help="Key of the judge's API.")] = "",
+    iterations: Annotated[int, typer.Option(min=0, max=10)] = 3,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Cases at a time.")] = 2,
+    fixed_prompt: Annotated[bool, typer.Option(help="Edit iteration 0 each time.")] = False,
+    measures: Annotated[bool, typer.Option(help="Word errors, voice and naturalness by offline judges.")] = False,
+    device: options.DeviceOption = "cpu",
+    steps: options.StepsOption = 10,
+) -> None:
+    """Clone, edit again and again, judge every iteration; then write report.md."""
+    from tqdm import tqdm
+
+    from editx.training import Served
+    from services.trainer.evaluate import runner
+    from services.trainer.evaluate.benchmark import read_cases
+    from services.trainer.evaluate.judges import Judges
+    from services.trainer.evaluate.report import write_report
+    from services.trainer.evaluate.system import PortSystem
+    from services.trainer.recipes.nano import assets
+    from shared.checkpoints.layout import Checkpoint
+    from shared.checkpoints.step1 import load_text_tokenizer
+
+    cases, found = read_cases(benchmark), Checkpoint.resolve(checkpoint)
+    asked = _judge(judge, judge_url, judge_key, out)
+    served, bar = Served(), tqdm(total=len(cases), desc="cases")
+
+    def show(fraction: float, note: str) -> None:
+        bar.n = round(fraction * len(cases))
+        bar.set_postfix_str(note)
+
+    try:
+        system = PortSystem(served(found.root, device), load_text_tokenizer(found), steps)
+        lines = runner.run(
+            cases, system, asked, out, runner.Setup(iterations, seed, workers, fixed_prompt), progress=show,
+            measures=runner.OfflineMeasures(Judges(assets.prepare().whisper)) if measures else None,
+        )  # fmt: skip
+    finally:
+        served.close()
+        bar.close()
+    typer.echo(write_report({found.metadata.name: lines}, out).read_text(encoding="utf-8"))
+
+
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Result folders; the first is what others are compared with.")],
+    out: Annotated[Path, typer.Option(help="Folder of the report.")],
+) -> None:
+    """Tables and pictures of one system or several, with bootstrap intervals and paired gains."""
+    from services.trainer.evaluate.report import write_report
+    from services.trainer.evaluate.runner import read_results
+
+    typer.echo(write_report({path.name: read_results(path) for path in results}, out).read_text(encoding="utf-8"))
+
+
+@app.command("fit-judge")
+def fit_judge(
+    examples: Annotated[Path, typer.Argument(help="JSONL: task, label, source (neutral) and audio (paths).")],
+    out: Annotated[Path, typer.Option(help="The judge file to write.")] = Path("judge.json"),
+) -> None:
+    """Fit the offline acoustic judge on labelled recordings; the label "neutral" belongs into every task."""
+    from services.trainer.evaluate.acoustic import AcousticJudge, Classifier, Vector, change
+    from services.trainer.evaluate.runner import at_16k
+    from shared.audio.io import read_audio
+
+    tasks: dict[str, tuple[list[Vector], list[str]]] = {}
+    for line in map(json.loads, examples.read_text(encoding="utf-8").splitlines()):
+        before, after = (at_16k(read_audio(examples.parent / line[name])) for name in ("source", "audio"))
+        x, labels = tasks.setdefault(line["task"], ([], []))
+        x.append(change(before, after))
+        labels.append(line["label"])
+    AcousticJudge({task: Classifier.fit(x, labels) for task, (x, labels) in tasks.items()}).save(out)
+    typer.echo(f"{out}: {', '.join(f'{task} from {len(labels)}' for task, (_, labels) in tasks.items())}")
+
+
+def _judge(judge: str, url: str, key: str, out: Path) -> Judge:
+    from services.trainer.evaluate.acoustic import AcousticJudge
+    from services.trainer.evaluate.remote import Api, HttpJudge
+    from services.trainer.evaluate.runner import OfflineJudge
+    from shared.errors import UserError
+
+    kind, separator, model = judge.partition(":")
+    if not separator:
+        return OfflineJudge(AcousticJudge.load(Path(judge)))
+    if not url or not key:
+        raise UserError("A remote judge needs an address and a key.", "Set EDITX_JUDGE_URL and EDITX_JUDGE_KEY.")
+    return HttpJudge(Api(kind, model, key, url), out / "judge-cache")

@@ -1,0 +1,174 @@
+"""`editx train`: the stages of post-training one by one or in a row, and training jobs for the hosted system."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from editx.cli import options
+
+if TYPE_CHECKING:
+    from services.trainer.jobs import TrainingSettings
+
+app = typer.Typer(help="Post-train: supervised fine-tuning, reward model, PPO, or all stages.", no_args_is_help=True)
+
+Base = Annotated[str, typer.Option(help="Checkpoint to start from: a name or a directory.")]
+Data = Annotated[str, typer.Option(help="Folder of a data set, or its prefix in the artifact store.")]
+HeldOut = Annotated[str | None, typer.Option(help="A data set for the measures.")]
+Config = Annotated[Path | None, typer.Option(help="YAML or JSON with entries of the stage's config.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="One entry, e.g. loop.lr=1e-5. May be repeated.")]
+Out = Annotated[Path, typer.Option(help="Run folder; a run that stopped goes on from it.")]
+Publish = Annotated[str | None, typer.Option(help="Name under which the new checkpoint is published.")]
+Gate = Annotated[list[str] | None, typer.Option(help="Lowest value of a measure to publish, e.g. accuracy=0.8.")]
+
+
+@app.command()
+def sft(
+    data: Data, out: Out, base: Base = "nano", held_out: HeldOut = None, config: Config = None, entries: Set = None,
+    publish: Publish = None, gate: Gate = None, device: options.DeviceOption = "cpu",
+) -> None:  # fmt: skip
+    """Supervised fine-tuning on the answers' audio tokens; one epoch, 1e-5 to 1e-6 by default."""
+    _run("sft", _settings(base, data, held_out, None, config, entries, publish, gate), out, device)
+
+
+@app.command()
+def reward(
+    data: Data, out: Out, base: Base = "nano", held_out: HeldOut = None, config: Config = None, entries: Set = None,
+    publish: Publish = None, gate: Gate = None, device: options.DeviceOption = "cpu",
+) -> None:  # fmt: skip
+    """The reward model, from an SFT checkpoint and preferences; the result is that checkpoint with a folder reward."""
+    _run("reward", _settings(base, data, held_out, None, config, entries, publish, gate), out, device)
+
+
+@app.command()
+def ppo(
+    data: Data, out: Out, judge: Annotated[str, typer.Option("--reward", help="Checkpoint of the reward model.")],
+    base: Base = "nano", held_out: HeldOut = None, config: Config = None, entries: Set = None,
+    publish: Publish = None, gate: Gate = None, device: options.DeviceOption = "cpu",
+) -> None:  # fmt: skip
+    """PPO against a reward model, from an SFT checkpoint and prompts (rows of any data set)."""
+    _run("ppo", _settings(base, data, held_out, judge, config, entries, publish, gate), out, device)
+
+
+@app.command()
+def post(
+    work: Annotated[Path, typer.Option(help="Folder of the post-training; finished stages are skipped.")],
+    base: Base = "nano",
+    form: Annotated[str, typer.Option(help="tiny, cpu, gpu or official: the sizes.")] = "cpu",
+    stage: Annotated[list[str] | None, typer.Option(help="Only this stage. May be repeated.")] = None,
+    config: Config = None,
+    entries: Set = None,
+    corpus: Annotated[bool, typer.Option(help="Read the recipes' corpus, for judges and data.")] = True,
+    measures: Annotated[bool, typer.Option(help="Word errors, voice and naturalness by the offline judges.")] = True,
+) -> None:
+    """All stages: judges, data, both SFT sets, preferences, reward, ppo, evaluate."""
+    from editx.training import Served
+    from services.trainer.core.configs import parse_assignments, read_config, with_entries
+    from services.trainer.core.runs import Bar
+    from services.trainer.evaluate.judges import Judges
+    from services.trainer.evaluate.runner import OfflineMeasures
+    from services.trainer.recipes.nano import assets
+    from services.trainer.recipes.post_train.config import FORMS
+    from services.trainer.recipes.post_train.material import nano_material
+    from services.trainer.recipes.post_train.stages import STAGES, PostTrain
+    from shared.checkpoints.layout import Checkpoint
+    from shared.errors import UserError
+
+    if form not in FORMS:
+        raise UserError(f"There is no form {form!r}.", f"Known: {', '.join(FORMS)}.", "invalid_training")
+    chosen = with_entries(FORMS[form](), read_config(config) if config else {})
+    chosen = with_entries(chosen, parse_assignments(entries or []))
+    wanted = stage or list(STAGES)
+    served = Served()
+    try:
+        training = PostTrain(
+            chosen, Checkpoint.resolve(base), work, served,
+            nano_material() if corpus and {"judges", "data"} & set(wanted) else None,
+            OfflineMeasures(Judges(assets.prepare().whisper)) if measures and "evaluate" in wanted else None,
+            Bar("post-training"),
+        )  # fmt: skip
+        training.run(stage or ())
+    finally:
+        served.close()
+    for name in STAGES:
+        if training.work.is_done(name):
+            Console(stderr=True).print(f"{name}: done", highlight=False)
+    report = work / "evaluation" / "report.md"
+    if report.exists():
+        typer.echo(report.read_text(encoding="utf-8"))
+
+
+@app.command()
+def submit(
+    recipe: Annotated[str, typer.Argument(help="sft, reward or ppo.")],
+    data: Data, base: Base = "nano", held_out: HeldOut = None,
+    judge: Annotated[str | None, typer.Option("--reward", help="Checkpoint of the reward model, for ppo.")] = None,
+    config: Config = None, entries: Set = None, publish: Publish = None, gate: Gate = None,
+) -> None:  # fmt: skip
+    """Send a training job to the hosted system (EDITX_BUS_URL, EDITX_JOBS_URL, EDITX_STORE_URL) and print its id."""
+    from services.trainer.data.manifest import Dataset
+    from shared.jobs import machine
+    from shared.publishing import publish_step
+    from shared.schemas import JobRequest
+    from shared.schemas.request import TrainingRequest
+    from shared.service import ServiceSettings
+    from shared.wiring import open_bus, open_jobs, open_store
+
+    surroundings = ServiceSettings()
+    bus, jobs = open_bus(surroundings.bus_url), open_jobs(surroundings.jobs_url)
+    if Path(data).exists():
+        data = Dataset.load(Path(data)).publish(open_store(surroundings.store_url))
+    settings = _settings(base, data, held_out, judge, config, entries, publish, gate)
+    training = TrainingRequest(recipe=recipe, settings=settings.model_dump(mode="json"))
+    accepted = machine.accept(JobRequest(training=training, lane="batch"), jobs.now())
+    job = publish_step(bus, jobs, jobs.create(accepted.job, accepted.events).job)
+    typer.echo(job.id)
+    bus.close()
+    jobs.close()
+
+
+def _settings(
+    base: str, data: str, held_out: str | None, judge: str | None, config: Path | None, entries: list[str] | None,
+    publish: str | None, gate: list[str] | None,
+) -> TrainingSettings:  # fmt: skip
+    from services.trainer.core.configs import parse_assignments, read_config
+    from services.trainer.jobs import parse_settings
+
+    merged: dict[str, Any] = read_config(config) if config else {}
+    _merge(merged, parse_assignments(entries or []))
+    return parse_settings({
+        "base": base, "dataset": data, "held_out": held_out, "reward": judge, "config": merged, "publish": publish,
+        "gate": parse_assignments(gate or []),
+    })  # fmt: skip
+
+
+def _merge(into: dict[str, Any], changes: dict[str, Any]) -> None:
+    for name, value in changes.items():
+        if isinstance(value, dict) and isinstance(into.get(name), dict):
+            _merge(into[name], value)
+        else:
+            into[name] = value
+
+
+def _run(recipe: str, settings: TrainingSettings, out: Path, device: str) -> None:
+    """Train in this process (or this group of processes under torchrun), then publish if asked."""
+    import os
+
+    from services.trainer.core.runs import Bar, Silent, write_json
+    from services.trainer.jobs import Place, carry_out, publish
+    from shared.checkpoints.layout import checkpoints_home
+    from shared.store.folder import FolderStore
+
+    rank = int(os.environ.get("RANK", "0"))
+    observer = Bar(recipe) if rank == 0 else Silent()
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    measures = carry_out(recipe, settings, Place(out, FolderStore(out / "store"), device, observer))
+    if rank == 0:
+        write_json(out / "measures.json", measures)
+        live = publish(settings, measures, out, checkpoints_home())
+        typer.echo(json.dumps({"checkpoint": str(live or out / "checkpoint"), **measures}))

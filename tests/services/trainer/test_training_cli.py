@@ -1,0 +1,111 @@
+"""The commands of post-training, run as a user runs them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from editx.cli.app import run
+from services.trainer.data.manifest import collect
+from shared.audio.io import Waveform, write_audio
+from tests.services.trainer.conftest import make_row, random_codes
+from tests.services.trainer.test_data import RATE, tone
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(make_row(i, margin=float(i)).model_dump_json() + "\n" for i in range(4, 10)))
+    return path
+
+
+def test_a_set_is_built_described_and_checked(rows: Path, tmp_path: Path, capsys) -> None:
+    spec = {"kind": "rows", "name": "mine", "rows": "rows.jsonl", "threshold": 7.0}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+    assert run(["data", "build", str(tmp_path / "spec.yaml"), "--out", str(tmp_path / "sets"), "--json"]) == 0
+    built = json.loads(capsys.readouterr().out)
+    assert built["rows"] == 3
+    assert run(["data", "stats", built["folder"], "--json", "--picture", str(tmp_path / "m.png")]) == 0
+    assert json.loads(capsys.readouterr().out)["margins"]["emotion happy"]["lowest"] == 7.0
+    assert (tmp_path / "m.png").exists()
+    bench = collect("bench", [make_row(0)]).save(tmp_path / "sets")
+    assert run(["data", "check", built["folder"], "--against", str(bench)]) == 2
+    assert "leaks into evaluation sets" in capsys.readouterr().err
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec | {"colour": 1}))
+    assert run(["data", "build", str(tmp_path / "spec.yaml")]) == 2
+
+
+def test_recordings_become_simple_edits_by_the_checkpoints_tokenizer(tiny: Path, tmp_path: Path, capsys) -> None:
+    write_audio(Waveform(tone(0.8), RATE), tmp_path / "a.wav", "wav")
+    line = {"id": "a", "audio": "a.wav", "text": "words", "language": "en", "speaker": "ann", "licence": "CC0-1.0",
+            "origin": "tones"}  # fmt: skip
+    lost = line | {"id": "b", "audio": "lost.wav"}
+    (tmp_path / "r.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(lost) + "\n")
+    spec = {"kind": "simple", "name": "simple", "recordings": "r.jsonl", "on_bad": "skip"}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+    arguments = [
+        "data",
+        "build",
+        str(tmp_path / "spec.yaml"),
+        "--out",
+        str(tmp_path),
+        "--checkpoint",
+        str(tiny),
+        "--json",
+    ]
+    assert run(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 3
+
+
+def test_ratings_become_preferences(rows: Path, tmp_path: Path, capsys) -> None:
+    lines = [{"id": f"c{k}", "prompt": "row-4", "mixed": random_codes(2, k).tolist()} for k in range(2)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "ratings.csv").write_text("candidate,rater,correctness\nc0,ann,1\nc1,ann,5\n")
+    spec = {
+        "kind": "preferences",
+        "name": "p",
+        "rows": "rows.jsonl",
+        "candidates": "c.jsonl",
+        "ratings": ["ratings.csv"],
+    }
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+    assert run(["data", "build", str(tmp_path / "spec.yaml"), "--out", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 1
+
+
+def test_fine_tuning_goes_on_and_publishes(rows: Path, tiny: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("EDITX_CHECKPOINTS_DIR", str(tmp_path / "home"))
+    arguments = ["train", "sft", "--data", str(rows), "--held-out", str(rows), "--base", str(tiny), "--out",
+                 str(tmp_path / "run"), "--set", "loop.lr=1e-3", "--set", "row_tokens=2048", "--publish", "mine",
+                 "--gate", "loss_gain=0.0"]  # fmt: skip
+    assert run(arguments) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["loss_gain"] > 0
+    assert document["checkpoint"] == str(tmp_path / "home" / "mine")
+    assert run(arguments) == 0
+    assert run([*arguments, "--set", "loop.lr=2e-3"]) == 2
+    assert "belongs to another config" in capsys.readouterr().err
+
+
+def test_the_benchmark_runs_with_a_fitted_judge_and_is_reported(tiny: Path, tmp_path: Path, capsys) -> None:
+    rng = np.random.default_rng(0)
+    lines = []
+    for k, (label, factor) in enumerate([("happy", 1.3), ("neutral", 1.0)] * 6):
+        base = float(rng.uniform(110, 180))
+        for name, hertz in (("s", base), ("a", base * factor)):
+            write_audio(Waveform(tone(0.4, hertz), RATE), tmp_path / f"{name}{k}.wav", "wav")
+        lines.append({"task": "emotion", "label": label, "source": f"s{k}.wav", "audio": f"a{k}.wav"})
+    (tmp_path / "examples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    judge = tmp_path / "judge.json"
+    assert run(["eval", "fit-judge", str(tmp_path / "examples.jsonl"), "--out", str(judge)]) == 0
+    case = {"id": 1, "speaker": "s", "gen_text": "you know", "prompt_audio": "s0.wav", "prompt_text": "I just finished",
+            "lang": "en", "task": "emotion", "task_sub": "happy"}  # fmt: skip
+    (tmp_path / "bench.jsonl").write_text(json.dumps(case) + "\n")
+    arguments = ["eval", "run", str(tmp_path / "bench.jsonl"), "--out", str(tmp_path / "out"), "--checkpoint",
+                 str(tiny), "--judge", str(judge), "--iterations", "1", "--steps", "1"]  # fmt: skip
+    assert run(arguments) == 0
+    assert "| emotion | all | Iter1 | 1 |" in capsys.readouterr().out
+    assert run(["eval", "report", str(tmp_path / "out"), "--out", str(tmp_path / "report")]) == 0
+    assert run([*arguments[:-6], "--judge", "gemini:x"]) == 2
