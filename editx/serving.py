@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from editx.embedded import Embedded
-from services.gateway.backend import Backend, encoder, open_backend
-from services.gateway.routes.artifacts import PREFIX
+from services.gateway.backend import Backend, encoder, open_backend, reachable
 from services.gateway.server import serve
 from services.gateway.settings import GatewaySettings
 from shared.checkpoints.layout import Checkpoint
 from shared.schemas.route import StepKind
-from shared.store.folder import FolderStore
 
 STEPS: tuple[StepKind, ...] = ("tokenize", "generate", "score", "decode")
 
@@ -35,10 +33,9 @@ def embedded_backend(system: Embedded, settings: GatewaySettings) -> Backend:
 
     Presigned URLs lead to the gateway itself.
     """
-    store = FolderStore(system.store.root, base_url=f"{settings.public_url.rstrip('/')}{PREFIX}")
     return Backend(
         system.bus,
-        store,
+        reachable(system.store, settings),
         system.jobs,
         system.inference,
         system.checkpoint.metadata,

@@ -17,9 +17,12 @@ from shared.inference.port import Inference
 from shared.jobs.port import JobStore
 from shared.prompts import TextTokenizer, Turn
 from shared.schemas.route import StepKind
+from shared.store.folder import FolderStore
 from shared.store.port import ArtifactStore
 from shared.sweeper import Sweeper
 from shared.wiring import open_bus, open_inference, open_jobs, open_store
+
+ARTIFACTS_PATH = "/v1/artifacts"
 
 Encode = Callable[[Sequence[Turn]], Sequence[int]]
 
@@ -60,10 +63,18 @@ def encoder(checkpoint: Checkpoint) -> Encode:
     return lambda turns: tokenizer().encode_chat(turns)
 
 
+def reachable(store: ArtifactStore, settings: GatewaySettings) -> ArtifactStore:
+    """A folder store whose presigned URLs lead to this gateway, which serves them; any other store as it is."""
+    if not isinstance(store, FolderStore):
+        return store
+    return FolderStore(store.root, base_url=f"{settings.public_url.rstrip('/')}{ARTIFACTS_PATH}")
+
+
 def open_backend(settings: GatewaySettings) -> Backend:
     """Connect to the servers that the settings name. Raises EditxError where one is unknown or a package is missing."""
     checkpoint = Checkpoint.resolve(settings.checkpoint)
-    bus, store, jobs = open_bus(settings.bus_url), open_store(settings.store_url), open_jobs(settings.jobs_url)
+    bus, jobs = open_bus(settings.bus_url), open_jobs(settings.jobs_url)
+    store = reachable(open_store(settings.store_url), settings)
     inference = open_inference(settings.inference_url, {})
     sweeper = Sweeper(jobs, bus, store)
     if settings.sweep:

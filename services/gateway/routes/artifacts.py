@@ -10,6 +10,7 @@ from typing import Annotated, BinaryIO, Literal, cast
 
 from fastapi import APIRouter, Query, Request, Response
 
+from services.gateway.backend import ARTIFACTS_PATH
 from services.gateway.dependencies import GatewayOf
 from services.gateway.gateway import Gateway
 from services.gateway.problems import NotFound
@@ -17,8 +18,7 @@ from services.gateway.threads import blocking
 from shared.errors import UserError
 from shared.store.folder import FolderStore
 
-router = APIRouter(prefix="/v1/artifacts", include_in_schema=False)
-PREFIX = "/v1/artifacts"
+router = APIRouter(prefix=ARTIFACTS_PATH, include_in_schema=False)
 IN_MEMORY_BYTES = 1 << 20
 Signature = Annotated[str, Query(max_length=128)]
 Expires = Annotated[str, Query(max_length=16)]

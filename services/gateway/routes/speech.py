@@ -25,7 +25,7 @@ from services.gateway.streaming import Streamed
 from services.gateway.submission import check_languages
 from services.gateway.threads import blocking
 from shared.errors import EditxError, UserError
-from shared.inference.port import RequestCancelled
+from shared.inference.port import InferenceUnavailable, RequestCancelled, UnknownModel
 from shared.schemas.request import SEED_MAX
 
 router = APIRouter(prefix="/v1/audio", tags=["speech"])
@@ -65,9 +65,11 @@ async def create_speech(body: SpeechBody, gateway: GatewayOf, principal: PayingC
         words = Words(body.input, voice.waveform, text, seed, body.temperature, body.steps)
         spoken = speak(gateway.backend, words, stop.is_set)
         first = await blocking(next, spoken)  # what fails before the first audio is an ordinary problem
-    except BaseException:
+    except BaseException as error:
         stop.set()
         gateway.speaking.release()
+        if isinstance(error, UnknownModel):
+            raise InferenceUnavailable("No models answer at this gateway.", "Use /v1/audio/edits.") from error
         raise
     gateway.metrics.first_audio_s.observe(time.perf_counter() - began)
     pieces = _counted(gateway, first, spoken)
