@@ -1,6 +1,6 @@
 """One training run on disk: config, versions and data hashes, logs, exact resume, progress, and a clean stop.
 
-A run folder holds config.json, versions.json, data.json, log.jsonl, TensorBoard events, state.pt (whatever was
+Metrics also go to OpenTelemetry. A run folder holds config.json, versions.json, data.json, log.jsonl, TensorBoard events, state.pt (whatever was
 attached, the step and the random states; written whole or not at all) and, at the end, curves.png. A run that was
 stopped or killed goes on from its last state as if nothing had been. Knows nothing about models or objectives.
 """
@@ -20,6 +20,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
+from opentelemetry import metrics as telemetry
 
 from services.trainer.core.distributed import Group
 from services.trainer.core.plots import draw_curves
@@ -218,6 +219,11 @@ class TrainingRun:
             return
         with (self.folder / LOG).open("a") as log:
             log.write(json.dumps({"step": self.step, **means, "s_per_step": round(seconds, 4)}) + "\n")
+        gauge = telemetry.get_meter("editx.trainer").create_gauge(
+            "editx.training", description="Metrics of training runs"
+        )
+        for name, value in means.items():
+            gauge.set(value, {"run": self.folder.name, "metric": name})
         board = self._tensorboard()
         if board is not None:
             for name, value in means.items():

@@ -19,7 +19,8 @@ from services.trainer.sft.trainer import SftConfig
 class PostTrainConfig:
     """Everything that a post-training can be told.
 
-    `pairs` edits and `clones` clones per SFT set (large-margin and unfiltered sets have the same size); `judge_pairs`
+    `pairs` emotion and style edits, `clones` clones and `rehearsal` other edits per SFT set (the large-margin and the
+    unfiltered set have the same size and differ in the pairs only); `judge_pairs`
     recordings to fit each of the two judges; `prompts` for preferences and PPO, `held_out` for the reward model's test,
     `candidates` answers to each; pairs of candidates whose ratings differ by more than `judge_margin`, the
     `hardest_share` of prompts for PPO; `cases` of the benchmark.
@@ -27,6 +28,7 @@ class PostTrainConfig:
 
     pairs: int = 3000
     clones: int = 1500
+    rehearsal: int = 1000
     judge_pairs: int = 500
     prompts: int = 240
     held_out: int = 60
@@ -72,7 +74,8 @@ def cpu() -> PostTrainConfig:
     ppo = replace(big.ppo, steps=60, critic_warmup=10, prompts_per_step=8, minibatch=16, micro=8,
                   loop=replace(big.ppo.loop, device="cpu"))  # fmt: skip
     return replace(
-        big, device="cpu", workers=2, slots=16, pairs=600, clones=200, judge_pairs=150, prompts=40, held_out=12,
+        big, device="cpu", workers=2, slots=16,
+        pairs=600, clones=200, rehearsal=200, judge_pairs=150, prompts=40, held_out=12,
         candidates=8, cases=32,
         sft=replace(big.sft, epochs=1, row_tokens=2048, rows_per_batch=2, loop=replace(big.sft.loop, device="cpu")),
         reward=replace(big.reward, pairs_per_batch=8, loop=replace(big.reward.loop, device="cpu")), ppo=ppo,
@@ -86,8 +89,8 @@ def tiny() -> PostTrainConfig:
         extra_groups=1, watch_every=2, loop=_loop(1e-3, 1e-4, "cpu", log_every=1),
     )  # fmt: skip
     return PostTrainConfig(
-        pairs=4, clones=2, judge_pairs=16, prompts=3, held_out=2, candidates=3, judge_margin=-1.0, pairs_per_prompt=1,
-        hardest_share=0.7, cases=2, iterations=1, decode_steps=1, workers=1, slots=4,
+        pairs=4, clones=2, rehearsal=2, judge_pairs=16, prompts=3, held_out=2, candidates=3, judge_margin=-1.0,
+        pairs_per_prompt=1, hardest_share=0.7, cases=2, iterations=1, decode_steps=1, workers=1, slots=4,
         sft=SftConfig(row_tokens=2048, rows_per_batch=1, loop=_loop(1e-3, 1e-4, "cpu", log_every=1)),
         reward=RewardConfig(pairs_per_batch=2, loop=_loop(1e-3, 1e-4, "cpu", log_every=1)), ppo=ppo,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -26,7 +26,10 @@ _TENTHS: dict[int, Part] = {0: "judge_a", 1: "judge_b", 2: "held_out", 3: "promp
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One recording: codes, words, voice, manner ("neutral", "emotion/happy"), and the samples when they are wanted."""
+    """One recording: codes, words, voice, manner ("neutral", "emotion/happy"), and the samples when they are wanted.
+
+    `noisy` and `paused` are the codes of the recording in noise and with pauses put in, where the material has them.
+    """
 
     id: str
     group: int
@@ -36,6 +39,8 @@ class Item:
     manner: str
     mixed: Codes
     audio: Callable[[], Waveform]
+    noisy: Codes | None = None
+    paused: Codes | None = None
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,8 @@ class Material:
     origin: str
 
     def part(self, part: Part) -> list[Item]:
-        """The items of one part: groups are dealt out by tenths."""
-        return [item for item in self.training if _TENTHS.get(item.group % 10, "sft") == part]
+        """The items of one part: groups are dealt out by tenths, in twos, since every other one is a single."""
+        return [item for item in self.training if _TENTHS.get(item.group // 2 % 10, "sft") == part]
 
     def pairs(self, part: Part, kinds: Sequence[str] = ("emotion", "style", "speed")) -> list[tuple[Item, Item]]:
         """Neutral and expressive items of one group, in the order of the material."""
@@ -66,6 +71,19 @@ class Material:
             source=Side(text=source.text, mixed=source.mixed), target=Side(text=target.text, mixed=target.mixed),
             speaker=source.speaker, language=source.language, licence=self.licence, origin=self.origin,
         )  # fmt: skip
+
+    def rehearsal(self, count: int, seed: int) -> list[Row]:
+        """Speed, denoise and vad edits, so that a model that learns emotions and styles does not forget them."""
+        made = [
+            self.row(source, target, edit_towards(target.manner)) for source, target in self.pairs("sft", ("speed",))
+        ]
+        for item in self.part("sft"):
+            for kind, codes in (("denoise", item.noisy), ("vad", item.paused)):
+                if codes is not None:
+                    before = replace(item, id=f"{item.id}{kind}", mixed=codes)
+                    made.append(self.row(before, item, Edit.model_validate({"type": kind})))
+        order = np.random.default_rng((seed, 6)).permutation(len(made))[:count]
+        return [made[k] for k in order]
 
     def clones(self, count: int, seed: int) -> Dataset:
         """Neutral clones: reference and answer are two texts of one voice."""
@@ -108,7 +126,8 @@ def nano_material() -> Material:
             Item(
                 f"k{found['row']['index']:07d}", int(found["row"]["group"]), found["row"]["text"],
                 found["row"]["language"], found["row"]["voice_name"], found["row"]["manner"],
-                interleave(found["linguistic"], found["semantic"]), reader(coded, found["i"]),
+                interleave(*found["clean"]), reader(coded, found["i"]), interleave(*found["noisy"]),
+                interleave(*found["paused"]),
             )
             for found in coded.items
         ]  # fmt: skip

@@ -112,13 +112,13 @@ class PostTrain:
         kept = keep_large_margins(pool, Thresholds())
         size = min(c.pairs, len(kept.rows))
         order = np.random.default_rng((c.seed, 1)).permutation(len(pool))[:size]
-        clones = list(material.clones(c.clones, c.seed).rows)
+        others = [*material.clones(c.clones, c.seed).rows, *material.rehearsal(c.rehearsal, c.seed)]
         rows = {"unfiltered": [pool[k] for k in order], "large_margin": kept.rows[:size]}
         held_out = HeldOut.of("benchmark", [material.row(i, i, edit_towards("emotion/happy"))
                                             for i in material.benchmark])  # fmt: skip
         summary: dict[str, Any] = {"pool": len(pool), "kept": len(kept.rows)}
         for name in SETS:
-            dataset = collect(name, [*rows[name], *clones], made_by={"seed": c.seed}, on_bad="skip")
+            dataset = collect(name, [*rows[name], *others], made_by={"seed": c.seed}, on_bad="skip")
             check_leaks(dataset.rows, [held_out])
             self.work.save(dataset)
             summary[name] = statistics(dataset)
@@ -257,9 +257,10 @@ class PostTrain:
         return model
 
     def _reward(self) -> Any:
-        return load_reward(Checkpoint(self.work.checkpoint("reward")), dtype=torch.float32, device=self.config.device)[
-            0
-        ]
+        path = Checkpoint(self.work.checkpoint("reward"))
+        model, _ = load_reward(path, dtype=torch.float32, device=self.config.device)
+        model.trunk.attention = self.config.reward.loop.attention
+        return model
 
     def _write(self, name: str, state: dict[str, torch.Tensor], facts: dict[str, object]) -> None:
         write_checkpoint(self.base, self.work.checkpoint(name), state, name=f"{self.base.metadata.name}-{name}",

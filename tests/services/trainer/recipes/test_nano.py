@@ -157,6 +157,23 @@ def test_every_pair_of_manners_is_an_edit() -> None:
                 assert edit.type == (target if target != "neutral" else source).partition("/")[0]
 
 
+def test_a_result_travels_in_pieces_and_arrives_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDITX_DATA", str(tmp_path / "there"))
+    layer = torch.nn.Linear(300, 300)
+    run = Run("flow", {"model": layer, "optimizer": torch.optim.AdamW(layer.parameters())}, 1)
+    run.done_step({"loss": 1.0}, log_every=1)
+    pieces = bundle.pack_result("flow", tmp_path / "flow.tar", megabytes=0.1)
+    assert len(pieces) > 1
+    assert all(piece.stat().st_size <= 100_000 for piece in pieces)
+
+    monkeypatch.setenv("EDITX_DATA", str(tmp_path / "here"))
+    (tmp_path / "here").mkdir()
+    bundle.unpack(pieces)
+    arrived = torch.nn.Linear(300, 300)
+    assert Run("flow", {"model": arrived}, 1).step == 1
+    torch.testing.assert_close(arrived.weight, layer.weight, atol=0, rtol=1e-2)
+
+
 def test_a_bundle_that_leads_out_of_the_data_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDITX_DATA", str(tmp_path / "data"))
     (tmp_path / "data").mkdir()
@@ -165,5 +182,5 @@ def test_a_bundle_that_leads_out_of_the_data_folder_is_refused(tmp_path: Path, m
         entry.size = 1
         out.addfile(entry, io.BytesIO(b"x"))
     with pytest.raises(tarfile.OutsideDestinationError):
-        bundle.unpack(tmp_path / "bad.tar")
+        bundle.unpack([tmp_path / "bad.tar"])
     assert not (tmp_path / "outside").exists()
