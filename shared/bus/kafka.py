@@ -8,7 +8,9 @@ made beforehand (`create_topics`), never by publishing.
 from __future__ import annotations
 
 import logging
+import random
 import threading
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +30,8 @@ from shared.topology import broker_group
 log = logging.getLogger(__name__)
 RECORD_BYTES_MAX = 1_000_000
 JOIN_WAIT_S = 0.5
+JOIN_PATIENCE_S = 10.0
+JOIN_HOLD_MAX_S = 5.0
 POSITION_WAIT_S = 0.05
 
 
@@ -188,6 +192,8 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]
         self._on_revoked = on_revoked
         self._assigned: frozenset[Partition] = frozenset()
         self._closed = False
+        self._joining_since: float | None = None
+        self._hold_until = 0.0
         try:
             self._consumer = KafkaConsumer(
                 bootstrap_servers=servers,
@@ -211,6 +217,9 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]
             raise _unavailable(servers, error) from error
 
     def poll(self, timeout_s: float, max_records: int = 1) -> list[Delivery]:
+        if (hold_s := self._hold_s()) > 0.0:
+            time.sleep(min(hold_s, max(timeout_s, JOIN_WAIT_S)))
+            return []
         self._free_parked_records()
         wait_s = max(timeout_s, self._least_wait_s())
         try:
@@ -265,6 +274,22 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]
     def on_partitions_lost(self, lost: Collection[TopicPartition]) -> None:
         """Called instead of the above when the membership itself was lost."""
         self.on_partitions_revoked(lost)
+
+    def _hold_s(self) -> float:
+        """How long not to try to join, for members that keep missing each other's rebalance.
+
+        A broker that does not wait for all members can have two of them join in turn forever; a random pause of one
+        brings them together.
+        """
+        now = time.monotonic()
+        if not self._consumer._coordinator.need_rejoin():
+            self._joining_since = None
+        elif self._joining_since is None:
+            self._joining_since = now
+        elif now - self._joining_since > JOIN_PATIENCE_S:
+            self._joining_since = now
+            self._hold_until = now + random.uniform(0.0, JOIN_HOLD_MAX_S)
+        return self._hold_until - now
 
     def _least_wait_s(self) -> float:
         """How long a poll must last for the client to get anywhere: joining starts afresh with every poll."""

@@ -1,0 +1,28 @@
+"""One local stack for all tests of this folder: every server, Triton with models of random weights, the gateway."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from editx.stack.stack import Options, Stack
+
+
+@pytest.fixture(scope="session")
+def stack(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    options = Options(
+        port=23_000 + os.getpid() % 5_000 // 50 * 50,
+        checkpoint=str(tiny),
+        services=("tokenizer", "llm", "decoder"),
+        lease_s=4.0,
+        settings={"EDITX_SWEEP_EVERY_S": "1"},
+    )
+    stack = Stack(tmp_path_factory.mktemp("stack"), options)
+    try:
+        stack.up()
+        yield stack
+    finally:
+        stack.down()
