@@ -1,8 +1,9 @@
 """One training run on disk: config, versions and data hashes, logs, exact resume, progress, and a clean stop.
 
-Metrics also go to OpenTelemetry. A run folder holds config.json, versions.json, data.json, log.jsonl, TensorBoard events, state.pt (whatever was
-attached, the step and the random states; written whole or not at all) and, at the end, curves.png. A run that was
-stopped or killed goes on from its last state as if nothing had been. Knows nothing about models or objectives.
+A run folder holds config.json (with the hashes of the data), versions.json, log.jsonl, TensorBoard events, state.pt
+(whatever was attached, the step and the random states; written whole or not at all) and, at the end, curves.png.
+Metrics also go to OpenTelemetry. A run that was stopped or killed goes on from its last state as if nothing had been.
+Knows nothing about models or objectives.
 """
 
 from __future__ import annotations

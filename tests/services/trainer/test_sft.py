@@ -1,5 +1,6 @@
 """Supervised fine-tuning on the tiny model: it learns, resumes exactly, and weighs tokens alike."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from services.trainer.core.runs import RunStopped, Silent, read_log
 from services.trainer.core.settings import LoopConfig
 from services.trainer.sft.trainer import SftConfig, SftTrainer, evaluate_loss
-from shared.errors import UserError
+from shared.errors import MissingComponent, UserError
 from tests.services.trainer.conftest import make_row
 
 ROWS = [make_row(i) for i in range(12)]
@@ -98,3 +99,9 @@ def test_a_loss_that_is_no_number_stops_the_run(fresh, tokenizer, tmp_path: Path
         broken.lm_head.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="loss is nan at step 0"):
         SftTrainer(broken, tokenizer, ROWS[:3], CONFIG, tmp_path).train()
+
+
+def test_lora_without_its_package_says_what_to_install(fresh, tokenizer, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingComponent, match="pip install peft"):
+        SftTrainer(fresh(), tokenizer, ROWS[:2], replace(CONFIG, loop=replace(CONFIG.loop, lora_rank=4)), tmp_path)
