@@ -1,11 +1,12 @@
-"""How fast every model is, at the official sizes with random weights: one table after another, each beside its baseline.
+"""How fast every model is, at the official sizes with random weights: one table after another, each beside its
+baseline.
 
     python -m benchmarks.models                                    # this machine's CPU
     python -m benchmarks.models --device cuda                      # a GPU
     python -m benchmarks.models --threads 1 --clock cpu            # on a machine that others use
 
-The parts are modules of their own (`benchmarks.llm`, `benchmarks.tokenizer`, `benchmarks.decoder`) with more dials; each
-runs in a process of its own, so that one part's memory is not another's.
+The parts are modules of their own (`benchmarks.llm`, `benchmarks.tokenizer`, `benchmarks.decoder`) with more dials;
+each runs in a process of its own, so that one part's memory is not another's.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ brings the run back.
 
     python -m services.trainer.recipes.nano.bundle pack tokenizers out/tokenizers.tar --megabytes 60
     python -m services.trainer.recipes.nano.bundle unpack out/tokenizers.tar
-    python -m services.trainer.recipes.nano.bundle pack --result flow out/flow.tar
+    python -m services.trainer.recipes.nano.bundle pack --result flow out/flow.tar --megabytes 15
+    python -m services.trainer.recipes.nano.bundle unpack out/flow.tar.0 out/flow.tar.1
 
 Features of Opus audio are extracted again there, so the teacher's files travel with the part that needs them.
 """
@@ -17,7 +18,7 @@ import argparse
 import io
 import json
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,13 @@ def _encoder_weights() -> bytes:
     return data.getvalue()
 
 
-def _without_optimizers(file: Path) -> bytes:
+def _without_optimizers(file: Path, dtype: torch.dtype = torch.float32) -> bytes:
+    """The weights of a run: the averaged ones where the training kept an average, else the last."""
     saved = torch.load(file, map_location="cpu", weights_only=True)
-    saved["parts"] = {name: part for name, part in saved["parts"].items() if name in ("model", "average")}
+    kept = "average" if "average" in saved["parts"] else "model"
+    weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in saved["parts"][kept].items()}
     data = io.BytesIO()
-    torch.save(saved, data)
+    torch.save({**saved, "parts": {kept: weights}}, data)
     return data.getvalue()
 
 
@@ -105,22 +108,24 @@ def _add_audio(out: tarfile.TarFile, megabytes: float) -> None:
     _add(out, "corpus/f0.npz", data.getvalue())
 
 
-def pack_result(run: str, target: Path, megabytes: float) -> float:
-    """The run's weights and log, without optimizers. Raises ValueError where that is over the limit."""
-    folder = assets.data_dir() / "runs" / run
+def pack_result(run: str, target: Path, megabytes: float) -> list[Path]:
+    """The run's weights in bfloat16 and its log, as one tar cut into pieces `<target>.0`, `.1`, ... below the limit."""
+    folder, data = assets.data_dir() / "runs" / run, io.BytesIO()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(target, "w") as out:
-        _add(out, f"runs/{run}/state.pt", _without_optimizers(folder / "state.pt"))
+    with tarfile.open(fileobj=data, mode="w") as out:
+        _add(out, f"runs/{run}/state.pt", _without_optimizers(folder / "state.pt", torch.bfloat16))
         out.add(folder / "log.jsonl", f"runs/{run}/log.jsonl")
-    size = target.stat().st_size / 1e6
-    if size > megabytes:
-        raise ValueError(f"the result of {run} has {size:.1f} MB, over {megabytes} MB")
-    return size
+    whole, size = data.getvalue(), int(megabytes * 1e6)
+    pieces = [target.with_name(f"{target.name}.{number}") for number in range(-(-len(whole) // size))]
+    for number, piece in enumerate(pieces):
+        piece.write_bytes(whole[number * size : (number + 1) * size])
+    return pieces
 
 
-def unpack(file: Path) -> list[str]:
-    """Lay the files out in the data folder; names that lead out of it are refused."""
-    with tarfile.open(file) as archive:
+def unpack(files: Sequence[Path]) -> list[str]:
+    """Lay out one tar, or one cut into pieces given in order, in the data folder; names that lead out are refused."""
+    whole = io.BytesIO(b"".join(file.read_bytes() for file in files))
+    with tarfile.open(fileobj=whole) as archive:
         archive.extractall(assets.data_dir(), filter="data")
         return archive.getnames()
 
@@ -128,16 +133,16 @@ def unpack(file: Path) -> list[str]:
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("pack", "unpack"))
-    parser.add_argument("names", nargs="+", help="the part (or, with --result, the run) and the file")
+    parser.add_argument("names", nargs="+", help="part (or run, with --result) and file; of unpack, files")
     parser.add_argument("--result", action="store_true")
     parser.add_argument("--megabytes", type=float, default=60.0)
     given = parser.parse_args(None if arguments is None else list(arguments))
     if given.action == "unpack":
-        print(f"{len(unpack(Path(given.names[0])))} files")
-        return
-    name, target = given.names
-    size = (pack_result if given.result else pack)(name, Path(target), given.megabytes)
-    print(f"{target}: {size:.1f} MB")
+        print(f"{len(unpack([Path(name) for name in given.names]))} files")
+    elif given.result:
+        print(*pack_result(given.names[0], Path(given.names[1]), given.megabytes))
+    else:
+        print(f"{given.names[1]}: {pack(given.names[0], Path(given.names[1]), given.megabytes):.1f} MB")
 
 
 if __name__ == "__main__":

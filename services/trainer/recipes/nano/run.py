@@ -59,8 +59,8 @@ class Run:
             self._load(torch.load(state, map_location="cpu", weights_only=True))
 
     def _load(self, saved: dict[str, Any]) -> None:
-        for name, part in self.parts.items():
-            part.load_state_dict(saved["parts"][name])
+        for name in self.parts.keys() & saved["parts"].keys():  # a run that was carried here has its weights alone
+            self.parts[name].load_state_dict(saved["parts"][name])
         self.step = saved["step"]
         torch.set_rng_state(saved["rng"])
         print(f"{self.folder.name}: continuing at step {self.step} of {self.steps}", flush=True)
