@@ -33,7 +33,7 @@ class GatewaySettings(ServiceSettings):
     batch_max: int = Field(default=100, ge=1, le=1000, description="Most edits of one batch.")
     backlog_interactive_max: int = Field(default=200, ge=0, description="Waiting steps above which a lane is refused.")
     backlog_batch_max: int = Field(default=10_000, ge=0)
-    backlog_every_s: float = Field(default=2.0, gt=0.0, description="Between looks at the bus for the backlog.")
+    backlog_every_s: float = Field(default=5.0, gt=0.0, description="Between looks at the bus for the backlog.")
     wait_max_s: float = Field(default=60.0, ge=0.0, description="Longest `Prefer: wait`.")
     listeners_max: int = Field(default=256, ge=1, description="Open event streams and waiting calls.")
     speech_max: int = Field(default=4, ge=1, description="Speech answers that are made at once.")

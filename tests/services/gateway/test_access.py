@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,24 @@ def test_a_full_lane_refuses_with_the_time_to_come_again(as_user: Callable[[str]
     answer = edit(as_user("ada"), lane="batch")
     assert (answer.status_code, answer.json()["code"]) == (429, "overloaded")
     assert int(answer.headers["retry-after"]) >= 1
+
+
+def test_the_backlog_is_read_from_the_bus_and_holds_new_jobs_off(tiny: Path, tmp_path: Path) -> None:
+    settings = {"backlog_interactive_max": 3, "backlog_every_s": 60.0}
+    with serving(tiny, tmp_path, **settings) as served, served.client() as client:
+        served.llm.gate.clear()
+        assert [edit(client).status_code for _ in range(4)] == [202, 202, 202, 429]
+        served.gateway.admission.look()
+        assert served.gateway.admission.backlog("interactive") >= 3
+        assert edit(client).status_code == 429
+        served.llm.gate.set()
+        for job in client.get("/v1/jobs").json()["data"]:
+            client.get(f"/v1/jobs/{job['id']}", headers={"prefer": "wait=20"})
+        until = time.monotonic() + 10
+        while served.gateway.admission.backlog("interactive") and time.monotonic() < until:
+            time.sleep(0.05)  # a worker commits a moment after its job has ended
+            served.gateway.admission.look()
+        assert edit(client).status_code == 202
 
 
 def test_open_jobs_are_counted_per_key(guarded: Served, as_user: Callable[[str], httpx.Client]) -> None:

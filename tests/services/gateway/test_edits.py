@@ -6,6 +6,8 @@ import base64
 import io
 import json
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,7 +15,7 @@ import pytest
 import soundfile
 
 from shared.schemas.route import DLQ_UNREADABLE
-from tests.fixtures.gateways import Served, events, wav
+from tests.fixtures.gateways import Served, events, serving, wav
 
 HAPPY = {"type": "emotion", "detail": "happy", "text": "Well then."}
 
@@ -125,6 +127,31 @@ def test_events_come_while_the_job_runs(served: Served, client: httpx.Client) ->
                         served.llm.gate.set()
         assert seen[-1] == "job.done"
     finally:
+        served.llm.gate.set()
+
+
+def test_a_silent_stream_of_events_says_that_it_is_alive(tiny: Path, tmp_path: Path) -> None:
+    with serving(tiny, tmp_path, heartbeat_s=0.1) as served, served.client() as client:
+        served.llm.gate.clear()
+        job = edit(client).json()
+        with client.stream("GET", f"/v1/jobs/{job['id']}/events") as answer:
+            assert any(line == ": alive" for line in answer.iter_lines())
+        served.llm.gate.set()
+
+
+def test_a_listener_that_leaves_gives_its_place_back(tiny: Path, tmp_path: Path) -> None:
+    with serving(tiny, tmp_path, listeners_max=1) as served, served.client() as client:
+        served.llm.gate.clear()
+        path = f"/v1/jobs/{edit(client).json()['id']}/events"
+        with client.stream("GET", path) as answer:
+            lines = answer.iter_lines()
+            assert next(lines)
+            with served.client() as other:
+                assert other.get(path).status_code == 429
+        until = time.monotonic() + 10
+        while served.gateway.listeners.count and time.monotonic() < until:
+            time.sleep(0.05)
+        assert served.gateway.listeners.count == 0
         served.llm.gate.set()
 
 
