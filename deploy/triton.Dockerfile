@@ -1,0 +1,13 @@
+# Triton Inference Server with the models of all services as thin shims over the same code.
+FROM nvcr.io/nvidia/tritonserver:26.07-py3
+WORKDIR /app
+COPY pyproject.toml README.md LICENSE NOTICE ./
+COPY constraints constraints
+COPY shared shared
+COPY services services
+COPY editx editx
+COPY models models
+RUN pip install --no-cache-dir --break-system-packages --constraint constraints/runtime.txt ".[stack]"
+ENV PYTHONPATH=/app HOME=/tmp HF_HUB_OFFLINE=1
+USER 1000
+CMD ["tritonserver", "--model-repository=/app/services/tokenizer/triton", "--model-config-name=gpu"]

