@@ -1,39 +1,32 @@
-"""The train step: one training job, with its state kept in the artifact store so that any worker can go on.
-
-A saved state goes to the store each time; a worker that finds none in its own folder takes it from there. Knows no bus.
-"""
+"""The train step: one training job, whose state is kept so that any worker can go on. Knows no bus and no store."""
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
-import tarfile
 import time
 from pathlib import Path
 
 import torch
 
-from services.trainer.core.runs import LOG, STATE, RunStopped
+from services.trainer.core.runs import LOG, RunStopped
 from services.trainer.jobs import Place, carry_out, parse_settings, publish
 from services.trainer.settings import TrainerSettings
+from services.trainer.states import States
 from shared.checkpoints.layout import checkpoints_home
-from shared.errors import PermanentError
 from shared.inference.port import RequestCancelled
 from shared.schemas.route import StepKind
 from shared.steps import StepContext
-from shared.store.port import ArtifactNotFound, ArtifactStore
 
-KEPT = ("config.json", "versions.json", STATE, LOG)
-UPLOAD_EVERY_S = 30.0
+KEEP_EVERY_S = 30.0
 
 
 class _Watcher:
-    """A training run seen by its job: progress goes to the job, states to the store, cancellation back."""
+    """A training run seen by its job: progress goes to the job, states are kept, cancellation comes back."""
 
-    def __init__(self, step: StepContext, store: ArtifactStore, key: str) -> None:
-        self._step, self._store, self._key = step, store, key
-        self._uploaded_at = -UPLOAD_EVERY_S
+    def __init__(self, step: StepContext, states: States) -> None:
+        self._step, self._states = step, states
+        self._kept_at = -KEEP_EVERY_S
 
     def progress(self, fraction: float, note: str) -> None:
         if not self._step.cancelled():
@@ -44,15 +37,9 @@ class _Watcher:
 
     def saved(self, folder: Path) -> None:
         """Keep the state for another worker, at most every half minute, and always when the run is told to stop."""
-        if not self.cancelled() and time.monotonic() - self._uploaded_at < UPLOAD_EVERY_S:
-            return
-        packed = io.BytesIO()
-        with tarfile.open(fileobj=packed, mode="w") as archive:
-            for name in KEPT:
-                if (folder / name).exists():
-                    archive.add(folder / name, name)
-        self._store.put(self._key, packed.getvalue())
-        self._uploaded_at = time.monotonic()
+        if self.cancelled() or time.monotonic() - self._kept_at >= KEEP_EVERY_S:
+            self._states.keep(self._step.job.id, folder)
+            self._kept_at = time.monotonic()
 
 
 class TrainHandler:
@@ -60,8 +47,8 @@ class TrainHandler:
 
     kind: StepKind = "train"
 
-    def __init__(self, store: ArtifactStore, settings: TrainerSettings | None = None) -> None:
-        self._store = store
+    def __init__(self, states: States, settings: TrainerSettings | None = None) -> None:
+        self._states = states
         self._settings = settings or TrainerSettings()
 
     def run(self, step: StepContext) -> None:
@@ -71,9 +58,8 @@ class TrainHandler:
         if self._settings.threads:
             torch.set_num_threads(self._settings.threads)
         folder = self._settings.runs / step.job.id
-        key = f"training/{step.job.id}/state.tar"
-        self._take_up(folder / "run", key)
-        place = Place(folder, self._store, self._settings.device, _Watcher(step, self._store, key))
+        self._states.take_up(step.job.id, folder / "run")
+        place = Place(folder, self._states.store, self._settings.device, _Watcher(step, self._states))
         try:
             measures = carry_out(str(parameters["recipe"]), settings, place)
         except RunStopped as stopped:
@@ -88,19 +74,5 @@ class TrainHandler:
         live = publish(settings, measures, folder, self._settings.publish or checkpoints_home())
         if live is not None:
             step.write("published.json", json.dumps({"name": live.name}).encode(), "application/json")
-        self._store.delete(key)
+        self._states.forget(step.job.id)
         shutil.rmtree(folder, ignore_errors=True)
-
-    def _take_up(self, folder: Path, key: str) -> None:
-        """The state of another worker, if this one has none of its own."""
-        if (folder / STATE).exists():
-            return
-        try:
-            packed = self._store.get(key)
-        except ArtifactNotFound:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-            if {member.name for member in archive} - set(KEPT):
-                raise PermanentError(f"The saved state {key} holds unexpected files.", "Delete it to start again.")
-            archive.extractall(folder, filter="data")

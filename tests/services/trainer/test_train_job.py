@@ -15,6 +15,7 @@ from services.trainer.jobs import TrainingSettings, publish
 from services.trainer.ppo.config import PpoConfig
 from services.trainer.settings import TrainerSettings
 from services.trainer.sft.trainer import SftConfig, SftTrainer
+from services.trainer.states import States
 from shared.bus.memory import MemoryBus
 from shared.checkpoints import Checkpoint
 from shared.checkpoints.reward import load_reward
@@ -46,7 +47,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 def handler(world: World, tmp_path: Path, name: str) -> TrainHandler:
-    return TrainHandler(world.store, TrainerSettings(runs=tmp_path / name, publish=tmp_path / "live"))
+    return TrainHandler(States(world.store), TrainerSettings(runs=tmp_path / name, publish=tmp_path / "live"))
 
 
 def submit(world: World, tiny: Path, recipe: str = "sft", rows=ROWS, **changes) -> Job:
