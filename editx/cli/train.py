@@ -65,7 +65,7 @@ def post(
     corpus: Annotated[bool, typer.Option(help="Read the recipes' corpus, for judges and data.")] = True,
     measures: Annotated[bool, typer.Option(help="Word errors, voice and naturalness by the offline judges.")] = True,
 ) -> None:
-    """All stages: judges, data, both SFT sets, preferences, reward, ppo, evaluate."""
+    """All stages: judges, data, both SFT sets, preferences, reward, ppo, evaluate, measure."""
     from editx.training import Served
     from services.trainer.core.configs import parse_assignments, read_config, with_entries
     from services.trainer.core.runs import Bar
@@ -88,7 +88,7 @@ def post(
         training = PostTrain(
             chosen, Checkpoint.resolve(base), work, served,
             nano_material() if corpus and {"judges", "data"} & set(wanted) else None,
-            OfflineMeasures(Judges(assets.prepare().whisper)) if measures and "evaluate" in wanted else None,
+            OfflineMeasures(Judges(assets.prepare().whisper)) if measures and "measure" in wanted else None,
             Bar("post-training"),
         )  # fmt: skip
         training.run(stage or ())

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import soxr
@@ -167,6 +167,25 @@ def _case(
             "rating": verdict.rating, "duration_ratio": current.duration_s / first.duration_s, **found,
         })  # fmt: skip
     return {"key": case.key, **case.model_dump(), "judge": judge.name, "iterations": iterations}
+
+
+def add_measures(cases: Sequence[tuple[Case, Path]], folder: Path, measures: Measures) -> int:
+    """Measure the recordings of a finished run that were not measured yet; how many there were."""
+    known = {case.key: (case, audio) for case, audio in cases}
+    lines, count = read_results(folder), 0
+    for line in lines:
+        case, audio = known[str(line["key"])]
+        found: Any = line.get("iterations", [])
+        todo = [one for one in found if "words" not in one]
+        reference = at_16k(read_audio(audio)) if todo else None
+        for one in todo:
+            assert reference is not None
+            one |= measures.measure(case.words, case.lang, reference, at_16k(read_audio(folder / one["audio"])))
+            count += 1
+    partial = folder / f"{RESULTS}.partial"
+    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    partial.replace(folder / RESULTS)
+    return count
 
 
 def read_results(folder: Path) -> list[dict[str, object]]:

@@ -28,7 +28,16 @@ from services.trainer.data.rows import Row
 from services.trainer.evaluate.acoustic import AcousticJudge, pair_features
 from services.trainer.evaluate.benchmark import Case, read_cases, write_cases
 from services.trainer.evaluate.report import bootstrap, summarise, write_report
-from services.trainer.evaluate.runner import Measures, OfflineJudge, Setup, at_16k, read_results, run
+from services.trainer.evaluate.runner import (
+    Measures,
+    NoMeasures,
+    OfflineJudge,
+    Setup,
+    add_measures,
+    at_16k,
+    read_results,
+    run,
+)
 from services.trainer.evaluate.system import PortSystem
 from services.trainer.ppo.rollouts import LocalRollouts, LocalScorer
 from services.trainer.ppo.trainer import PpoTrainer, as_critic, hardest, prompts_of
@@ -87,6 +96,8 @@ class PostTrain:
         if unknown:
             raise UserError(f"There is no stage {', '.join(sorted(unknown))}.", f"Known: {', '.join(STAGES)}.")
         for name, stage in STAGES.items():
+            if name == "measure" and self.measures is None:
+                continue  # the rest of the table needs none of its models
             if (not stages or name in stages) and not self.work.is_done(name):
                 log.info("post-training: %s", name)
                 summary = stage(self)
@@ -227,7 +238,17 @@ class PostTrain:
         for name in SYSTEMS:
             checkpoint = self.base.root if name == "base" else self.work.checkpoint(name)
             run(cases, self._system(checkpoint), judge, self.root / "evaluation" / name,
-                Setup(c.iterations, c.seed, c.workers), measures=self.measures)  # fmt: skip
+                Setup(c.iterations, c.seed, c.workers))  # fmt: skip
+        return self._report()
+
+    def measure(self) -> dict[str, Any]:
+        """Words, voice and naturalness of the benchmark's recordings; the report again."""
+        cases = read_cases(self.root / "benchmark" / "cases.jsonl")
+        for name in SYSTEMS if self.measures is not None else ():
+            add_measures(cases, self.root / "evaluation" / name, self.measures or NoMeasures())
+        return self._report()
+
+    def _report(self) -> dict[str, Any]:
         results: dict[str, Any] = {name: read_results(self.root / "evaluation" / name) for name in SYSTEMS}
         report = write_report(results, self.root / "evaluation")
         tables = {
@@ -330,5 +351,6 @@ STAGES: dict[str, Callable[[PostTrain], dict[str, Any]]] = {
     "reward": PostTrain.reward,
     "ppo": PostTrain.ppo,
     "evaluate": PostTrain.evaluate,
+    "measure": PostTrain.measure,
 }
 """Name to stage, in order."""
