@@ -179,7 +179,7 @@ class PpoTrainer:
         )
         unfinished = torch.tensor([not r.ended for r in rollouts], device=scores.device)
         last = batch.mask.sum(1).long() - 1
-        rewards[torch.arange(len(rollouts)), last] -= c.unfinished_penalty * unfinished.float()
+        rewards[torch.arange(len(rollouts), device=last.device), last] -= c.unfinished_penalty * unfinished.float()
         advantages, returns = gae(rewards, values, batch.mask, c.gamma, c.lam)
         reward = (scores * batch.audio).sum(1) / batch.audio.sum(1)
         facts = {
