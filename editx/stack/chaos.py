@@ -50,6 +50,7 @@ class Report:
     slowest_s: float = 0.0
     drained_s: float = 0.0
     findings: list[str] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         faults = ", ".join(f"{name} {count}" for name, count in sorted(self.faults.items()))
@@ -60,6 +61,8 @@ class Report:
             f"slowest job {self.slowest_s:.1f} s; all ended {self.drained_s:.1f} s after the last fault",
             f"{len(self.findings)} findings" + "".join(f"\n  {finding}" for finding in self.findings),
         ]
+        if self.findings:
+            lines.append(f"faults: {', '.join(self.log)}")
         return "\n".join(lines)
 
 
@@ -150,6 +153,7 @@ def run(folder: Path, *, rounds: int, port: int, every_s: float = 0.1, servers: 
                 chosen = faults(stack, servers)
                 random.shuffle(chosen)
                 for name, fault in chosen:
+                    report.log.append(f"{name} at {time.time():.1f}")
                     fault()
                     report.faults[name] += 1
                     time.sleep(between_s)
@@ -201,7 +205,9 @@ def _check(stack: Stack, accepted: list[str], report: Report) -> None:
                 report.findings.append(f"{job_id}: {len(outputs)} outputs for {len(job.result_keys)} iterations")
         told = results.get(job_id, set())
         if told != {"failed" if job.state == JobState.FAILED else job.state.value}:
-            report.findings.append(f"{job_id}: is {job.state.value}, told as {sorted(told)}")
+            report.findings.append(
+                f"{job_id}: is {job.state.value}, told as {sorted(told)}; ended at {job.finished_at or 0.0:.1f}"
+            )
     bus.close()
     jobs.close()
 

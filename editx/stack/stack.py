@@ -27,6 +27,8 @@ from shared.topology import topics
 
 BUCKET = "editx"
 BROKER_BUCKET = "broker"
+FETCH_WAIT_MS = 20
+"""Short, since Tansu answers a waiting fetch late; Apache Kafka answers at once and needs no such setting."""
 ORDER = ("store", "redis", "broker", "triton")
 WORKERS = ("tokenizer", "llm", "decoder", "reward")
 
@@ -74,10 +76,13 @@ class Stack:
     def urls(self) -> dict[str, str]:
         """The addresses of the stack, by the settings that name them."""
         port, keys = self.options.port, f"{servers.ACCESS_KEY}:{servers.SECRET_KEY}"
-        session = f"session_timeout_ms={self.options.session_timeout_ms}&heartbeat_interval_ms=500"
+        waits = (
+            f"session_timeout_ms={self.options.session_timeout_ms}&heartbeat_interval_ms=500"
+            f"&max_poll_interval_ms=60000&fetch_max_wait_ms={FETCH_WAIT_MS}"
+        )
         triton = f"triton://127.0.0.1:{port + 21}"
         return {
-            "EDITX_BUS_URL": f"kafka://127.0.0.1:{port + 11}?{session}&max_poll_interval_ms=60000",
+            "EDITX_BUS_URL": f"kafka://127.0.0.1:{port + 11}?{waits}",
             "EDITX_STORE_URL": f"s3+http://{keys}@127.0.0.1:{port}/{BUCKET}",
             "EDITX_JOBS_URL": f"redis://127.0.0.1:{port + 10}/0",
             "EDITX_INFERENCE_URL": triton if self.options.inference == "triton" else "local:",

@@ -45,6 +45,7 @@ class KafkaSettings:
     request_timeout_ms: int = 10_000
     delivery_timeout_ms: int = 20_000
     commit_timeout_ms: int = 5_000
+    fetch_max_wait_ms: int = 250
     security_protocol: str = "PLAINTEXT"
 
 
@@ -207,7 +208,7 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]
                 max_poll_interval_ms=settings.max_poll_interval_ms,
                 request_timeout_ms=settings.request_timeout_ms,
                 bootstrap_timeout_ms=settings.request_timeout_ms,
-                fetch_max_wait_ms=250,
+                fetch_max_wait_ms=settings.fetch_max_wait_ms,
                 reconnect_backoff_max_ms=1_000,
                 metadata_max_age_ms=30_000,
                 security_protocol=settings.security_protocol,
