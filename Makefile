@@ -59,5 +59,9 @@ nano: $(READY)  ## train the bundled checkpoint again
 	$(PYTHON) -m pip install --quiet --constraint constraints/dev.txt --editable ".[$(EXTRAS),train]"
 	$(PYTHON) -m services.trainer.recipes.nano
 
+post-train: $(READY)  ## post-train the bundled checkpoint: data, SFT, reward model, PPO, benchmark
+	$(PYTHON) -m pip install --quiet --constraint constraints/dev.txt --editable ".[$(EXTRAS),train]"
+	$(VENV)/bin/editx train post --work out/post_train --form cpu
+
 clean:  ## remove results and caches, keep .venv
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

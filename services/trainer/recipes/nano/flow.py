@@ -9,6 +9,7 @@ centroids. Needs `codes`.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,19 @@ class FlowRecipe:
 
 CPU = FlowRecipe(steps=4000, batch=12, groups=20)
 GPU = FlowRecipe(steps=16_000, batch=96, groups=40, average=0.9995)
+Tensors = tuple[Tensor, ...] | list[Tensor]
 DIALS = FlowTraining(prompt_rate=0.7, prompt_max_share=0.5, prior_weight=1.0)
+
+
+def averaging(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
+    """An exponential average whose window grows with the run, so that the first weights are soon forgotten."""
+
+    @torch.no_grad()
+    def update(averages: Tensors, weights: Tensors, count: Tensor | int) -> None:
+        kept = min(decay, (1 + int(count)) / (10 + int(count)))
+        torch._foreach_lerp_(averages, weights, 1 - kept)
+
+    return update
 
 
 def start_embedding(flow: Flow) -> None:
@@ -124,9 +137,7 @@ def main() -> None:
     flow = Flow(FlowConfig.from_dict(SECTION))
     start_embedding(flow)
     flow.to(device)
-    average = torch.optim.swa_utils.AveragedModel(
-        flow, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.average)
-    )
+    average = torch.optim.swa_utils.AveragedModel(flow, multi_avg_fn=averaging(recipe.average))
     optimizer = torch.optim.AdamW(flow.parameters(), recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
     parts = {"model": flow, "average": average, "optimizer": optimizer}
     run = Run("flow", parts, arguments.steps or recipe.steps, arguments.minutes)
