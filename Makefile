@@ -14,10 +14,10 @@ OUT ?= out
 RESULT = $(OUT)/$(basename $(notdir $(AUDIO)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup edit test lint nano clean servers stack down chaos
+.PHONY: help setup edit test lint nano post-train clean servers stack down chaos
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 setup: $(READY)  ## the environment in .venv, installed at the versions of constraints/
 
