@@ -70,10 +70,9 @@ def write_language_model(folder: Path) -> None:
 
 
 def write_decoder(folder: Path) -> None:
-    model = Flow(FlowConfig.from_dict(flow.SECTION))
-    average = torch.optim.swa_utils.AveragedModel(model)
+    average = torch.optim.swa_utils.AveragedModel(Flow(FlowConfig.from_dict(flow.SECTION)))
     load("flow", "average", average)
-    save_file(halved(model.state_dict()), folder / "flow.safetensors")
+    save_file(halved(average.module.state_dict()), folder / "flow.safetensors")
     config = SpectralConfig()
     wave = load("vocoder", "model", SpectralVocoder(config))
     save_file(halved(wave.state_dict()), folder / "hift.safetensors")
