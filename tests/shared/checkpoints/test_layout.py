@@ -95,7 +95,10 @@ def test_a_name_is_looked_up_among_the_fetched_checkpoints(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("source", ["a/b", "/nowhere/at/all", "../nano"])
-def test_a_path_that_is_no_folder_is_not_taken_for_a_name(source: str) -> None:
+def test_a_path_that_is_no_folder_is_not_taken_for_a_name(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(MissingCheckpoint):
         Checkpoint.resolve(source)
 
