@@ -48,8 +48,13 @@ def command(*arguments: str | Path, **settings: Any) -> subprocess.Popen[bytes]:
     """The command line as a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "editx", *map(str, arguments)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_hear_interrupts, **settings,
     )  # fmt: skip
+
+
+def _hear_interrupts() -> None:
+    """A shell's background jobs, and what they start, ignore interrupts: a test run there must not pass that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_an_edit_writes_its_result_and_says_what_it_did(source: Path, tiny: Path, tmp_path: Path) -> None:
