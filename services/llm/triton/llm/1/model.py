@@ -6,4 +6,6 @@ from services.llm.worker import make_model
 from shared.inference.shim import shim
 from shared.service import ServiceSettings
 
-TritonPythonModel = shim(lambda device: make_model(ServiceSettings().model_copy(update={"device": device})), concurrent=True)
+TritonPythonModel = shim(
+    lambda device: make_model(ServiceSettings().model_copy(update={"device": device})), concurrent=True
+)
