@@ -100,6 +100,8 @@ class Stack:
             "EDITX_DRAIN_S": "20",
             "EDITX_SPANS_FILE": str(self.spans_file),
             "EDITX_PORT": str(self.options.port + 30),
+            "EDITX_TRAINER_RUNS": str(self.folder / "training"),
+            "EDITX_TRAINER_THREADS": "1",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(servers.ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
             **self.options.settings,
