@@ -20,15 +20,18 @@ from editx.stack.prepare import PrepareSettings
 from editx.stack.servers import packages
 from services.gateway.settings import GatewaySettings
 from services.intake.settings import IntakeSettings
+from services.trainer.settings import TrainerSettings
+from shared.checkpoints.layout import HOME_VARIABLE
 from shared.schemas.route import LANES, topic_for
 from shared.service import ServiceSettings
 from shared.topology import PARTITIONS, SERVICES, broker_group, group_of
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-OVERLAYS = ("dev", "prod")
+OVERLAYS = ("dev", "prod", "training")
 SETTINGS = {f"EDITX_{name}".upper() for kind in (ServiceSettings, GatewaySettings, IntakeSettings, PrepareSettings)
             for name in kind.model_fields}  # fmt: skip
+SETTINGS |= {f"EDITX_TRAINER_{name}".upper() for name in TrainerSettings.model_fields} | {HOME_VARIABLE}
 KEDA_FIELDS = {
     "scaleTargetRef", "pollingInterval", "cooldownPeriod", "initialCooldownPeriod", "idleReplicaCount",
     "minReplicaCount", "maxReplicaCount", "fallback", "advanced", "triggers",
@@ -106,8 +109,9 @@ def test_dockerfiles_are_linted_and_run_as_nobody_in_particular() -> None:
         assert "apt-get" not in text
 
 
-def test_images_are_pinned() -> None:
+def test_images_are_pinned(rendered: dict[str, list[dict[str, Any]]]) -> None:
     images = [service["image"] for service in COMPOSE["services"].values()]
+    images += [container["image"] for documents in rendered.values() for _, container in containers(documents)]
     images += re.findall(
         r"^FROM (\S+)", "".join(path.read_text() for path in ROOT.glob("**/*Dockerfile")), re.MULTILINE
     )
@@ -147,13 +151,14 @@ def test_autoscaling_follows_the_topics_and_groups_of_the_code(rendered: dict[st
 
 def test_pods_are_safe_and_have_time_to_finish(rendered: dict[str, list[dict[str, Any]]]) -> None:
     for documents in rendered.values():
-        drain_s = {int(config["data"]["EDITX_DRAIN_S"]) for config in of_kind(documents, "ConfigMap")}
+        settings = [config["data"] for config in of_kind(documents, "ConfigMap")]
+        drain_s = [int(data["EDITX_DRAIN_S"]) for data in settings if "EDITX_DRAIN_S" in data]
         for document, container in containers(documents):
             pod = document["spec"]["template"]["spec"]
             assert pod["securityContext"]["runAsNonRoot"]
             assert container["securityContext"]["readOnlyRootFilesystem"]
             assert "memory" in container["resources"]["limits"]
-            if document["metadata"]["name"] not in ("gateway", "prepare"):
+            if document["kind"] == "Deployment" and document["metadata"]["name"] != "gateway":
                 assert pod["terminationGracePeriodSeconds"] > max(drain_s) + 10
                 assert "livenessProbe" in container
 

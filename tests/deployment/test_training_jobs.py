@@ -1,0 +1,97 @@
+"""The batch jobs of post-training: one per stage, on the trainer's pool, whose commands and configs the code takes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer.main
+import yaml
+
+from editx.cli import data, evaluate, train
+from services.trainer.core.configs import with_entries
+from services.trainer.data.specs import Spec
+from services.trainer.ppo.config import PpoConfig
+from services.trainer.reward.trainer import RewardConfig
+from services.trainer.settings import TrainerSettings
+from services.trainer.sft.trainer import SftConfig
+
+ROOT = Path(__file__).parents[2]
+COMPONENT = ROOT / "k8s/components/training"
+GROUPS = {"data": data.app, "train": train.app, "eval": evaluate.app}
+STAGES = {"data-build": "data", "train-sft": "sft", "train-reward": "reward", "train-ppo": "ppo", "eval-run": "eval"}
+LITERALS = dict(
+    literal.split("=", 1)
+    for made in yaml.safe_load((COMPONENT / "kustomization.yaml").read_text())["configMapGenerator"]
+    for literal in made.get("literals", [])
+)
+
+
+def arguments(stage: str) -> list[str]:
+    """What the stage's pod calls, with the variables that Kubernetes puts in."""
+    job: dict[str, Any] = yaml.safe_load((COMPONENT / f"{STAGES[stage]}.yaml").read_text())
+    assert job["metadata"]["name"] == stage
+    assert job["spec"]["suspend"], "a stage waits for the one before it"
+    [container] = job["spec"]["template"]["spec"]["containers"]
+    words = [re.sub(r"\$\((\w+)\)", lambda found: LITERALS[found[1]], word) for word in container["args"]]
+    if words[0] == "torchrun":
+        assert words[1:3] == ["--standalone", "--nproc-per-node=gpu"]
+        return words[words.index("--module") + 2 :]
+    return words[1:]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stages_command_is_one_that_the_command_line_takes(stage: str) -> None:
+    group, command, *options = arguments(stage)
+    found = typer.main.get_command(GROUPS[group])
+    assert isinstance(found, click.Group) or hasattr(found, "commands")
+    parsed = found.commands[command].make_context(command, list(options))  # type: ignore[union-attr]
+    assert parsed.params
+
+
+@pytest.mark.parametrize(("name", "default"), [("sft", SftConfig()), ("reward", RewardConfig()), ("ppo", PpoConfig())])
+def test_a_stages_config_holds_entries_that_exist(name: str, default: Any) -> None:
+    config = with_entries(default, yaml.safe_load((COMPONENT / f"config/{name}.yaml").read_text()))
+    assert config.loop.sharding == "fsdp"
+    assert config.loop.lr == default.loop.lr, "the paper's rates are the defaults"
+
+
+def test_the_data_sets_description_is_one_that_is_built() -> None:
+    assert Spec.model_validate(yaml.safe_load((COMPONENT / "config/data.yaml").read_text())).name == "sft"
+
+
+def test_each_stage_starts_from_what_the_one_before_it_published() -> None:
+    published: list[str] = []
+    for stage in ("train-sft", "train-reward", "train-ppo"):
+        options = dict(word[2:].split("=", 1) for word in arguments(stage)[2:])
+        used = {options["base"], options.get("reward", options["base"])}
+        assert used <= {"/checkpoints/current", *published}
+        published.append(options["publish"])
+    assert LITERALS["EVAL_CHECKPOINT"] == published[-1]
+
+
+def test_the_trainer_of_the_compose_file_keeps_runs_and_publishes_where_others_read() -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    settings = services["trainer"]["environment"]
+    named = {name for name in settings if name.startswith("EDITX_TRAINER_")}
+    assert named == {f"EDITX_TRAINER_{name}".upper() for name in TrainerSettings.model_fields}
+    assert settings["EDITX_TRAINER_PUBLISH"] == settings["EDITX_CHECKPOINTS_DIR"]
+    assert "training:/training" in services["trainer"]["volumes"]
+    for reader in ("llm", "reward", "triton"):
+        assert "training:/training:ro" in services[reader]["volumes"]
+
+
+def test_stages_run_on_the_trainers_pool_with_a_gpu_and_keep_their_runs() -> None:
+    pod = yaml.safe_load((COMPONENT / "pod.yaml").read_text())["spec"]["template"]["spec"]
+    assert pod["nodeSelector"] == {"editx.io/pool": "trainer"}
+    [container] = pod["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    claims = {volume["name"]: volume.get("persistentVolumeClaim") for volume in pod["volumes"]}
+    for path in ("/training", "/checkpoints"):
+        assert claims[mounts[path]["name"]]
+        assert not mounts[path].get("readOnly")
+    assert pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsUser"]
