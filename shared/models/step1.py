@@ -193,17 +193,22 @@ class Step1(nn.Module):
                 x = layer(x, index, attend)
         return x
 
-    def hidden_states(self, input_ids: Tensor, *, document_ids: Tensor | None = None) -> Tensor:
+    def whole_sequences(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Attend:
+        """How whole sequences (B, L) attend: flex on a GPU, dense elsewhere, or what `attention` says."""
+        shape = (input_ids.shape[0], input_ids.shape[1])
+        if self.attention == "flex" or (self.attention == "auto" and input_ids.is_cuda):
+            return FlexSequences(self.alibi, shape, document_ids, input_ids.device)
+        return WholeSequences(self.alibi, shape, document_ids)
+
+    def hidden_states(
+        self, input_ids: Tensor, *, document_ids: Tensor | None = None, attend: Attend | None = None
+    ) -> Tensor:
         """Hidden states after the final norm, (B, L) -> (B, L, hidden): `forward` without the head.
 
         Multiply only the positions that carry a loss with `lm_head`: logits over 74,752 ids are the largest tensor.
+        `attend` stands in for `whole_sequences`, e.g. to look at queries and keys while training.
         """
-        shape = (input_ids.shape[0], input_ids.shape[1])
-        attend: Attend
-        if self.attention == "flex" or (self.attention == "auto" and input_ids.is_cuda):
-            attend = FlexSequences(self.alibi, shape, document_ids, input_ids.device)
-        else:
-            attend = WholeSequences(self.alibi, shape, document_ids)
+        attend = attend or self.whole_sequences(input_ids, document_ids)
         hidden: Tensor = self.model.norm(self._run(self.model.embed_tokens(input_ids), attend))
         return hidden
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,20 @@ class Tokenizers:
                 raise SystemExit(f"train it first: python -m services.trainer.recipes.nano.{name}")
             model.to(device).eval()
 
-    @torch.inference_mode()
-    def __call__(self, audio_16k: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """16 kHz (n,) -> linguistic (T,) and semantic (T,) codes int16, speaker vector (192,)."""
+    def _wave(self, audio_16k: np.ndarray) -> torch.Tensor:
         peak = max(1e-4, float(np.abs(audio_16k).max()))
-        wave = torch.from_numpy(audio_16k / peak * 0.999).to(self.device)[None]
+        return torch.from_numpy(audio_16k / peak * 0.999).to(self.device)[None]
+
+    @torch.inference_mode()
+    def voice(self, audio_16k: np.ndarray) -> np.ndarray:
+        """16 kHz (n,) -> speaker vector (192,)."""
+        vector: np.ndarray = self.pupil.encoder(speaker_fbank(self._wave(audio_16k)))[0].cpu().numpy()
+        return vector
+
+    @torch.inference_mode()
+    def __call__(self, audio_16k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """16 kHz (n,) -> linguistic (T,) and semantic (T,) codes, int16."""
+        wave = self._wave(audio_16k)
         s = self.student
         hidden = s.encoder(s.features(wave))
         feats = whisper_log_mel(wave)
@@ -49,78 +59,101 @@ class Tokenizers:
         return (
             nearest(hidden, s.codebook.centroids)[0].cpu().numpy().astype(np.int16),
             self.autoencoder.codebook.nearest(vectors).cpu().numpy().astype(np.int16),
-            self.pupil.encoder(speaker_fbank(wave))[0].cpu().numpy(),
         )
 
 
 VARIANTS = ("clean", "noisy", "paused")
 
 
-def variants(audio: np.ndarray, row: dict[str, Any]) -> dict[str, np.ndarray]:
+Pauses = list[tuple[float, float]]
+"""Where silence was put in, and how much: seconds of the audio before, seconds."""
+
+
+def variants(audio: np.ndarray, index: int) -> tuple[dict[str, np.ndarray], Pauses]:
     """16 kHz audio (n,) as it is, in noise of 2 to 15 dB, and with one to three pauses of 0.35 to 0.9 s at quiet
-    places."""
-    rng = np.random.default_rng((corpus.SEED, row["index"]))
+    places; and those places."""
+    rng = np.random.default_rng((corpus.SEED, index))
     noisy = augment.add_noise(audio, augment.any_noise(len(audio), rng), float(rng.uniform(2, 15)))
-    return {"clean": audio, "noisy": noisy, "paused": with_pauses(audio, int(rng.integers(1, 4)), rng)}
+    paused, pauses = with_pauses(audio, int(rng.integers(1, 4)), rng)
+    return {"clean": audio, "noisy": noisy, "paused": paused}, pauses
 
 
-def with_pauses(audio: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
-    """Silence put in at `number` of the quietest tenths of the inner 20 ms frames."""
+def with_pauses(audio: np.ndarray, number: int, rng: np.random.Generator) -> tuple[np.ndarray, Pauses]:
+    """Silence put in at `number` of the quietest tenths of the inner 20 ms frames, and where."""
     frames = audio[: len(audio) // 320 * 320].reshape(-1, 320)
     level = (frames**2).mean(1)
     inner = np.arange(len(level) // 8, len(level) - len(level) // 8)
     quiet = inner[np.argsort(level[inner])[: max(number, len(inner) // 10)]]
     places = sorted({int(p) for p in rng.choice(quiet, min(number, len(quiet)), replace=False)}) if len(quiet) else []
-    pieces, start = [], 0
+    pieces, start, pauses = [], 0, []
     for place in places:
-        pieces += [audio[start : place * 320], np.zeros(int(rng.uniform(0.35, 0.9) * 16_000), np.float32)]
+        length_s = float(rng.uniform(0.35, 0.9))
+        pieces += [audio[start : place * 320], np.zeros(int(length_s * 16_000), np.float32)]
+        pauses.append((place * 0.02, length_s))
         start = place * 320
-    return np.concatenate([*pieces, audio[start:]]).astype(np.float32)
+    return np.concatenate([*pieces, audio[start:]]).astype(np.float32), pauses
 
 
-def write_codes(store: Store, tokenizers: Tokenizers, indices: list[int], target: Path) -> None:
-    """One .npz for the rows of one shard: per variant flat codes and their lengths, and the clean speaker vectors."""
-    arrays: dict[str, np.ndarray] = {"index": np.array([store.rows[i]["index"] for i in indices])}
-    found: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {name: [] for name in VARIANTS}
-    for i in indices:
-        audio = np.asarray(soxr.resample(store.audio(i), 24_000, 16_000), np.float32)
-        for name, variant in variants(audio, store.rows[i]).items():
-            found[name].append(tokenizers(variant))
-    for name, rows in found.items():
-        arrays[f"{name}_linguistic"] = np.concatenate([a for a, _, _ in rows])
-        arrays[f"{name}_semantic"] = np.concatenate([b for _, b, _ in rows])
-        arrays[f"{name}_lengths"] = np.array([(len(a), len(b)) for a, b, _ in rows])
-    arrays["speaker"] = np.stack([c for _, _, c in found["clean"]])
+Item = dict[str, Any]
+"""A row with its codes: "row", "clean" and where made "noisy" and "paused" (pairs of linguistic and semantic codes),
+"pauses", and of rows in the store "i" and "speaker"."""
+
+
+def save_items(items: Sequence[Item], target: Path) -> None:
+    """Write items as one .npz: flat codes with their lengths, rows as JSON. The file appears whole."""
+    arrays: dict[str, np.ndarray] = {}
+    for name in VARIANTS:
+        pairs = [item.get(name, (np.zeros(0, np.int16), np.zeros(0, np.int16))) for item in items]
+        arrays[f"{name}_linguistic"] = np.concatenate([a for a, _ in pairs])
+        arrays[f"{name}_semantic"] = np.concatenate([b for _, b in pairs])
+        arrays[f"{name}_lengths"] = np.array([(len(a), len(b)) for a, b in pairs])
+    if "speaker" in items[0]:
+        arrays["speaker"] = np.stack([item["speaker"] for item in items])
+    rows = [{"row": item["row"], "pauses": item.get("pauses", [])} for item in items]
+    arrays["rows"] = np.frombuffer(json.dumps(rows).encode(), np.uint8)
     partial = target.with_suffix(".partial.npz")
     np.savez(partial, allow_pickle=False, **arrays)
     partial.rename(target)
 
 
+def load_items(file: Path) -> Iterator[Item]:
+    """What `save_items` wrote."""
+    data = dict(np.load(file))
+    ends = {name: np.cumsum(data[f"{name}_lengths"], axis=0) for name in VARIANTS}
+    for k, item in enumerate(json.loads(data["rows"].tobytes())):
+        for name in VARIANTS:
+            stop, length = ends[name][k], data[f"{name}_lengths"][k]
+            if length.all():
+                item[name] = tuple(
+                    data[f"{name}_{kind}"][stop[c] - length[c] : stop[c]].astype(np.int32)
+                    for c, kind in enumerate(("linguistic", "semantic"))
+                )
+        if "speaker" in data:
+            item["speaker"] = data["speaker"][k]
+        yield item
+
+
+def coded(row: dict[str, Any], audio_16k: np.ndarray, tokenizers: Tokenizers, number: int, varied: bool) -> Item:
+    """The codes of a reading, with those of its variants where asked for."""
+    if not varied:
+        return {"row": row, "clean": tokenizers(audio_16k)}
+    made, pauses = variants(audio_16k, number)
+    return {"row": row, "pauses": pauses} | {name: tokenizers(audio) for name, audio in made.items()}
+
+
 class Coded:
-    """Rows of the store that have codes: the row, its speaker vector, and per variant its linguistic and semantic
-    codes."""
+    """Rows of the store that have codes."""
 
     def __init__(self, keep: str = "train") -> None:
         self.store = Store(keep=keep)
         position = {row["index"]: i for i, row in enumerate(self.store.rows)}
-        self.items: list[dict[str, Any]] = []
+        self.items: list[Item] = []
         for file in sorted((assets.data_dir() / "codes").glob("shard-?????.npz")):
-            data = dict(np.load(file))
-            ends = {name: np.cumsum(data[f"{name}_lengths"], axis=0) for name in VARIANTS}
-            for k, index in enumerate(data["index"].tolist()):
-                if index in position:
-                    item = {
-                        "i": position[index],
-                        "row": self.store.rows[position[index]],
-                        "speaker": data["speaker"][k],
-                    }
-                    for name in VARIANTS:
-                        stop, length = ends[name][k], data[f"{name}_lengths"][k]
-                        item[name] = tuple(
-                            data[f"{name}_{kind}"][stop[c] - length[c] : stop[c]].astype(np.int32)
-                            for c, kind in enumerate(("linguistic", "semantic"))
-                        )
-                    self.items.append(item)
+            self.items += [
+                item | {"i": position[item["row"]["index"]]}
+                for item in load_items(file)
+                if item["row"]["index"] in position
+            ]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -138,9 +171,14 @@ def main() -> None:
     for shard in sorted(features.glob("shard-?????")):
         target = folder / f"{shard.name}.npz"
         if not target.exists():
-            rows = json.loads((shard / "index.json").read_text())
-            write_codes(store, tokenizers, [position[row["index"]] for row in rows], target)
-            print(f"{target.name}: {len(rows)} rows", flush=True)
+            items = []
+            for row in json.loads((shard / "index.json").read_text()):
+                audio = np.asarray(soxr.resample(store.audio(position[row["index"]]), 24_000, 16_000), np.float32)
+                kept = {key: value for key, value in row.items() if key != "spans"}
+                item = coded(kept, audio, tokenizers, row["index"], varied=True)
+                items.append(item | {"speaker": tokenizers.voice(audio)})
+            save_items(items, target)
+            print(f"{target.name}: {len(items)} rows", flush=True)
 
 
 if __name__ == "__main__":

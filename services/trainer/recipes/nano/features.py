@@ -105,13 +105,13 @@ def corpus_rows(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def known_pitch(corpus: Path) -> dict[int, np.ndarray]:
-    """F0 by row index, where it came with the corpus (`bundle`)."""
-    file = corpus / "f0.npz"
-    if not file.exists():
-        return {}
-    data = dict(np.load(file))
-    parts = np.split(data["f0"].astype(np.float32), np.cumsum(data["lengths"])[:-1])
-    return dict(zip(data["index"].tolist(), parts, strict=True))
+    """F0 by row index, where it came with the corpus (`bundle`, `volume`)."""
+    found: dict[int, np.ndarray] = {}
+    for file in [*corpus.glob("f0.npz"), *corpus.glob("manifest-*.npz")]:
+        data = dict(np.load(file))
+        parts = np.split(data["f0"].astype(np.float32), np.cumsum(data["lengths"])[:-1])
+        found |= dict(zip(data["index"].tolist(), parts, strict=True))
+    return found
 
 
 def write_shard(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from services.trainer.recipes.nano import augment
 from services.trainer.recipes.nano.features import Store
 from services.trainer.recipes.nano.quantizer import Codebook
-from services.trainer.recipes.nano.run import Run, cosine, count_parameters, pick_device, set_lr
+from services.trainer.recipes.nano.run import Optimizer, Run, cosine, count_parameters, pick_device, set_lr
 from services.trainer.recipes.nano.teacher import PHONEME_FRAME_S
 from shared.audio.features import linguistic_features
 from shared.models.linguistic import LinguisticConfig, LinguisticEncoder
@@ -44,7 +44,7 @@ class LinguisticRecipe:
     """Share of the steps after which the heads read centroids."""
 
 
-CPU = LinguisticRecipe(steps=2500, batch=12)
+CPU = LinguisticRecipe(steps=5000, batch=12)
 GPU = LinguisticRecipe(steps=8000, batch=96)
 
 
@@ -95,13 +95,17 @@ class Batches:
 
     def __init__(self, store: Store, recipe: LinguisticRecipe) -> None:
         self.store, self.recipe = store, recipe
+        self._resampled: dict[int, np.ndarray] = {}
         sample = np.concatenate(
             [store.array(i, "last") for i in range(0, len(store), max(1, len(store) // 200))]
         ).astype(np.float32)
         self.mean, self.std = sample.mean(0), sample.std(0) + 1e-4
 
     def clean(self, i: int) -> np.ndarray:
-        return np.asarray(soxr.resample(self.store.audio(i), 24_000, 16_000), np.float32)
+        """16 kHz audio of row i, resampled once."""
+        if i not in self._resampled:
+            self._resampled[i] = (soxr.resample(self.store.audio(i), 24_000, 16_000) * 32767).astype(np.int16)
+        return self._resampled[i].astype(np.float32) / 32767
 
     def draw(self, rng: np.random.Generator, clean: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         frames = round(self.recipe.seconds / FRAME_S)
@@ -124,12 +128,11 @@ class Batches:
         return torch.from_numpy(audio), torch.from_numpy(target), torch.from_numpy(labels)
 
 
-def phoneme_labels(row: dict[str, Any], duration_s: float) -> np.ndarray:
-    """The phoneme in the middle of every 60 ms frame, (T,), from the teacher's durations stretched to the audio's
-    length."""
+def phoneme_labels(row: dict[str, Any], duration_s: float, frame_s: float = FRAME_S) -> np.ndarray:
+    """The phoneme in the middle of every frame, (T,), from the teacher's durations stretched to the audio's length."""
     ids = np.array([0, *row["phonemes"], 0])
     ends = np.cumsum(row["frames"]) * PHONEME_FRAME_S
-    middles = (np.arange(int(duration_s / FRAME_S)) + 0.5) * FRAME_S
+    middles = (np.arange(int(duration_s / frame_s)) + 0.5) * frame_s
     at = np.searchsorted(ends * duration_s / ends[-1], middles)
     return ids[np.minimum(at, len(ids) - 1)]
 
@@ -166,10 +169,9 @@ def main() -> None:
     recipe = GPU if device.type == "cuda" else CPU
     torch.manual_seed(2)
     model = Student().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    run = Run(
-        "linguistic", {"model": model, "optimizer": optimizer}, arguments.steps or recipe.steps, arguments.minutes
-    )
+    optimizer = Optimizer(model, recipe.lr, outside=("to_",))
+    parts = {"model": model, "optimizers": optimizer}
+    run = Run("linguistic", parts, arguments.steps or recipe.steps, arguments.minutes)
     batches = Batches(Store(), recipe)
     if run.step == 0:
         fit_normalisation(model, batches)

@@ -1,7 +1,11 @@
 """Train the language model: text, then text beside audio, then clones and edits in the chat format.
 
-`python -m services.trainer.recipes.nano.llm`. The three stages are shares of one run. Audio embeddings start from
-the tokenizers' centroids, so that codes that sound alike begin alike. Needs `codes`.
+`python -m services.trainer.recipes.nano.llm`. The stages are shares of one run. Audio embeddings start from the
+tokenizers' centroids, so that codes that sound alike begin alike. Two heads of some layers are shown where to look
+(`alignment`): one at the piece of text that is being said, one at the token of the source that says the same; a small
+model finds the words hours earlier that way (guided attention, arXiv 1710.08969, with the teachers' own alignment).
+The loss of an audio token is over the codes that its place in the group allows, which is what decoding samples from.
+Needs `codes` and `plain`.
 """
 
 from __future__ import annotations
@@ -9,23 +13,26 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import sentencepiece
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.trainer.recipes.nano import assets, linguistic, plain, semantic, text_tokenizer, texts
-from services.trainer.recipes.nano.codes import VARIANTS, Coded
-from services.trainer.recipes.nano.run import Run, cosine, count_parameters, pick_device, set_lr
-from shared.codes import interleave
+from services.trainer.recipes.nano import alignment, assets, linguistic, plain, semantic, text_tokenizer, texts
+from services.trainer.recipes.nano.codes import VARIANTS, Coded, Item
+from services.trainer.recipes.nano.run import Optimizer, Run, cosine, count_parameters, pick_device, set_lr
+from shared.codes import LINGUISTIC_SIZE, SEMANTIC_SIZE, interleave
 from shared.models.step1 import Step1, Step1Config
+from shared.models.step1_attention import Attend
 from shared.prompts import TextTokenizer, Turn, assistant_turn, clone_turns, edit_turns
 from shared.schemas.edit import Edit
 
-CONTEXT_WEIGHT = 0.1
-"""Of the tokens before the answer: the model also learns what speech looks like from the source it is given."""
+SHOWN_LAYERS = (2, 3, 4)
+TEXT_HEAD, SOURCE_HEAD = 7, 6
+"""The two heads of a layer whose positional bias is the flattest."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +40,19 @@ class LlmRecipe:
     steps: int
     tokens: int
     """In a batch, padding counted."""
-    lr: float = 2e-3
-    final_lr: float = 1e-4
-    text_until: float = 0.04
-    plain_until: float = 0.25
+    lr: float = 3e-3
+    final_lr: float = 5e-5
+    text_until: float = 0.01
+    plain_until: float = 0.12
     """Shares of the steps where the text stage and the stage of text beside audio end."""
-    longest: int = 900
+    shown_weight: float = 0.3
+    """Of the attention that is shown, in the loss."""
+    longest: int = 800
     hidden: int = 256
     layers: int = 6
 
 
-CPU = LlmRecipe(steps=3000, tokens=2048)
+CPU = LlmRecipe(steps=6000, tokens=3072)
 GPU = LlmRecipe(steps=14_000, tokens=49_152)
 
 
@@ -82,94 +91,145 @@ def start_audio_embedding(model: Step1, offset: int) -> None:
                 table[rows] = 0.5 * table[rows] + 0.017 * centred @ projection
 
 
+class Example(NamedTuple):
+    """A training sequence. ids (L,); answer (L,) marks the tokens that carry a loss; text (L, 3) and source (L, 3) say
+    which places the token that FOLLOWS should be read from, -1 for none."""
+
+    ids: np.ndarray
+    answer: np.ndarray
+    text: np.ndarray
+    source: np.ndarray
+
+
+class Batch(NamedTuple):
+    """Examples as tensors, (B, L) and (B, L, 3)."""
+
+    ids: Tensor
+    answer: Tensor
+    text: Tensor
+    source: Tensor
+
+
 class Examples:
-    """Training sequences, drawn: ids and the weight of each token's loss."""
+    """Training sequences, drawn."""
 
     def __init__(self, coded: Coded, tokenizer: TextTokenizer, recipe: LlmRecipe) -> None:
         self.tokenizer, self.recipe = tokenizer, recipe
-        self.varied = [item | {f"{name}_mixed": interleave(*item[name]) for name in VARIANTS} for item in coded.items]
-        self.items = self.varied + [item | {"clean_mixed": interleave(*item["clean"])} for item in plain.items()]
+        self.items: list[Item] = [
+            item | {f"{name}_mixed": interleave(*item[name]) for name in VARIANTS if name in item}
+            for item in [*coded.items, *plain.items()]
+        ]
+        self.varied = [item for item in self.items if "noisy" in item]
         groups, voices = defaultdict(list), defaultdict(list)
         for item in self.items:
             groups[item["row"]["group"]].append(item)
             voices[item["row"]["voice_name"], item["row"]["manner"]].append(item)
         self.groups = [group for group in groups.values() if len(group) > 1]
-        self.voices = {key: items for key, items in voices.items() if len(items) > 1}
-        self.keys = list(self.voices)
+        self.voices = [items for items in voices.values() if len(items) > 1]
+        weights = np.array([len(items) for items in self.voices], float) ** 0.5
+        self._voice_share = weights / weights.sum()
         self.sentences = [s.text for s in texts.english(assets.prepare().wordnet) if not s.held_out]
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(text_tokenizer.tokenizer_file()))
+        self._places = alignment.TextPlaces([processor.id_to_piece(i) for i in range(tokenizer.audio_offset)])
 
-    def text(self, rng: np.random.Generator) -> tuple[list[int], list[float]]:
+    def text(self, rng: np.random.Generator) -> Example:
         """A sentence alone."""
-        ids = self.tokenizer.encode_chat(
-            [Turn("assistant", (self.sentences[int(rng.integers(len(self.sentences)))],))], False
-        )
-        return ids, [1.0] * len(ids)
+        sentence = self.sentences[int(rng.integers(len(self.sentences)))]
+        ids = np.array(self.tokenizer.encode_chat([Turn("assistant", (sentence,))], False))
+        nothing = np.full((len(ids), 3), -1)
+        return Example(ids, np.ones(len(ids), bool), nothing, nothing)
 
-    def plain(self, rng: np.random.Generator) -> tuple[list[int], list[float]]:
+    def plain(self, rng: np.random.Generator) -> Example:
         """A text and its audio, one after the other in either order: the paper's blend of one to one."""
         item = self.items[int(rng.integers(len(self.items)))]
         text, audio = Turn("human", (item["row"]["text"],)), assistant_turn(item["clean_mixed"])
-        turns = [text, audio] if rng.random() < 0.7 else [Turn("human", audio.content), Turn("assistant", text.content)]
-        ids = self.tokenizer.encode_chat(turns, False)
-        return ids, [1.0] * len(ids)
+        if rng.random() < 0.8:
+            return self._answered([text], item)
+        ids = self.tokenizer.encode_chat([Turn("human", audio.content), Turn("assistant", text.content)], False)
+        nothing = np.full((len(ids), 3), -1)
+        return Example(np.array(ids), np.ones(len(ids), bool), nothing, nothing)
 
-    def clone(self, rng: np.random.Generator) -> tuple[list[int], list[float]]:
+    def clone(self, rng: np.random.Generator) -> Example:
         """Another utterance of the same voice in the same manner as the reference."""
-        items = self.voices[self.keys[int(rng.integers(len(self.keys)))]]
+        items = self.voices[int(rng.choice(len(self.voices), p=self._voice_share))]
         reference, target = (items[k] for k in rng.choice(len(items), 2, replace=False))
-        return self._answered(
-            clone_turns(reference["row"]["text"], reference["clean_mixed"], target["row"]["text"]), target
-        )
+        turns = clone_turns(reference["row"]["text"], reference["clean_mixed"], target["row"]["text"])
+        return self._answered(turns, target)
 
-    def edit(self, rng: np.random.Generator) -> tuple[list[int], list[float]]:
+    def edit(self, rng: np.random.Generator) -> Example:
         """Two readings of one sentence by one voice, and the edit that leads from one to the other."""
         group = self.groups[int(rng.integers(len(self.groups)))]
         source, target = (group[k] for k in rng.choice(len(group), 2, replace=False))
         edit = edit_between(source["row"]["manner"], target["row"]["manner"])
-        return self._answered(edit_turns(edit, source["row"]["text"], source["clean_mixed"]), target)
+        times = alignment.token_times(len(target["clean_mixed"]))
+        heard = alignment.source_times(times, target["row"], source["row"])
+        turns = edit_turns(edit, source["row"]["text"], source["clean_mixed"])
+        return self._answered(turns, target, heard, len(source["clean_mixed"]))
 
-    def clean(self, rng: np.random.Generator) -> tuple[list[int], list[float]]:
+    def clean(self, rng: np.random.Generator) -> Example:
         """The recording in noise or with pauses, and the recording: denoise and vad. The first thing learned of
         them is to copy."""
         item = self.varied[int(rng.integers(len(self.varied)))]
-        edit, source = (Edit(type="denoise"), "noisy") if rng.random() < 0.6 else (Edit(type="vad"), "paused")
-        return self._answered(edit_turns(edit, None, item[f"{source}_mixed"]), item)
+        times = alignment.token_times(len(item["clean_mixed"]))
+        if rng.random() < 0.6:
+            edit, source = Edit(type="denoise"), item["noisy_mixed"]
+        else:
+            edit, source = Edit(type="vad"), item["paused_mixed"]
+            times = alignment.times_with_pauses(times, item["pauses"])
+        return self._answered(edit_turns(edit, None, source), item, times, len(source))
 
-    def _answered(self, turns: list[Turn], target: dict[str, Any]) -> tuple[list[int], list[float]]:
-        ids = self.tokenizer.encode_chat([*turns, assistant_turn(target["clean_mixed"])], False)
-        answer = len(target["clean_mixed"]) + 1
-        return ids, [CONTEXT_WEIGHT] * (len(ids) - answer) + [1.0] * answer
+    def _answered(
+        self, turns: list[Turn], target: Item, heard_s: np.ndarray | None = None, source_tokens: int = 0
+    ) -> Example:
+        """The prompt and the target as its answer; `heard_s` is when the source says what each of its tokens says."""
+        count = len(target["clean_mixed"])
+        ids = np.array(self.tokenizer.encode_chat([*turns, assistant_turn(target["clean_mixed"])], False))
+        first = len(ids) - 1 - count
+        answer = np.arange(len(ids)) >= first
+        text, source = np.full((len(ids), 3), -1), np.full((len(ids), 3), -1)
+        queries = np.arange(first - 1, first - 1 + count)
+        places = self._places(ids[:first].tolist(), target["row"]["text"])
+        if places is not None:
+            said = np.searchsorted(alignment.char_starts(target["row"]), alignment.token_times(count), side="right") - 1
+            token = places[np.maximum(said, 0)][:, None] + np.array([-1, 0, 1])
+            text[queries] = np.where((token >= places[0]) & (token <= places[-1]), token, -1)
+        if heard_s is not None:
+            begin = int(np.argmax(ids >= self.tokenizer.audio_offset))
+            found = alignment.tokens_at(heard_s, np.arange(count) % 5, source_tokens)
+            source[queries] = np.where(found >= 0, found + begin, -1)
+        return Example(ids, answer, text, source)
 
-    def batch(self, rng: np.random.Generator, share: float) -> tuple[Tensor, Tensor]:
-        """Ids (B, L) and loss weights (B, L), right-padded; similar lengths share a batch. `share` of the run
-        tells the stage."""
-        drawn: list[tuple[list[int], list[float]]] = []
+    def batch(self, rng: np.random.Generator, share: float) -> Batch:
+        """Sequences of similar length as one right-padded batch. `share` of the run tells the stage."""
+        drawn: list[Example] = []
         pool = 0
         while pool < self.recipe.tokens * 3:
-            draw = self._kind(rng, share)
-            ids, weights = draw(rng)
-            if len(ids) <= self.recipe.longest:
-                drawn.append((ids, weights))
-                pool += len(ids)
-        drawn.sort(key=lambda pair: len(pair[0]))
+            example = self._kind(rng, share)(rng)
+            if len(example.ids) <= self.recipe.longest:
+                drawn.append(example)
+                pool += len(example.ids)
+        drawn.sort(key=lambda example: len(example.ids))
         start = int(rng.integers(max(1, len(drawn) * 2 // 3)))
-        chosen: list[tuple[list[int], list[float]]] = []
-        for pair in drawn[start:]:
-            if chosen and len(pair[0]) * (len(chosen) + 1) > self.recipe.tokens:
+        chosen: list[Example] = []
+        for example in drawn[start:]:
+            if chosen and len(example.ids) * (len(chosen) + 1) > self.recipe.tokens:
                 break
-            chosen.append(pair)
-        longest = len(chosen[-1][0])
-        ids, weights = torch.zeros(len(chosen), longest, dtype=torch.long), torch.zeros(len(chosen), longest)
-        for row, (tokens, loss) in enumerate(chosen):
-            ids[row, : len(tokens)], weights[row, : len(loss)] = torch.tensor(tokens), torch.tensor(loss)
-        return ids, weights
+            chosen.append(example)
+        length = len(chosen[-1].ids)
+        parts = []
+        for arrays, filler in zip(zip(*chosen, strict=True), (0, False, -1, -1), strict=True):
+            wide = np.full((len(chosen), length, *arrays[0].shape[1:]), filler)
+            for line, array in enumerate(arrays):
+                wide[line, : len(array)] = array
+            parts.append(torch.from_numpy(wide))
+        return Batch(*parts)
 
     def _kind(self, rng: np.random.Generator, share: float) -> Any:
         if share < self.recipe.text_until:
             return self.text
         if share < self.recipe.plain_until:
-            return (self.plain, self.clean, self.text)[int(rng.choice(3, p=[0.5, 0.4, 0.1]))]
-        return (self.clone, self.edit, self.clean, self.plain)[int(rng.choice(4, p=[0.35, 0.4, 0.15, 0.1]))]
+            return (self.plain, self.clean, self.text)[int(rng.choice(3, p=[0.6, 0.35, 0.05]))]
+        return (self.clone, self.edit, self.clean, self.plain)[int(rng.choice(4, p=[0.38, 0.36, 0.16, 0.1]))]
 
 
 def edit_between(source: str, target: str) -> Edit:
@@ -188,15 +248,97 @@ def edit_between(source: str, target: str) -> Edit:
     return Edit(type=kind, detail=detail)  # type: ignore[arg-type]
 
 
-def loss_of(model: Step1, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted next-token loss, and the plain mean over the tokens of weight 1 (for the log)."""
-    hidden = model.hidden_states(ids[:, :-1])
-    wanted, weight = ids[:, 1:].flatten(), weights[:, 1:].flatten()
-    used = weight > 0
-    entropy = F.cross_entropy(model.lm_head(hidden.flatten(0, 1)[used]).float(), wanted[used], reduction="none")
-    weight = weight[used]
-    answer = weight >= 1
-    return (entropy * weight).sum() / weight.sum(), entropy[answer].mean()
+class Shown:
+    """Attention over whole sequences that also measures how much the shown heads look where they should.
+
+    text and source: (B, L, 3) places, -1 for none, as in `Example`.
+    """
+
+    def __init__(self, inner: Attend, model: Step1, text: Tensor, source: Tensor) -> None:
+        self._inner, self._slopes = inner, model.alibi.slopes_on(text.device)
+        self._places = {TEXT_HEAD: text, SOURCE_HEAD: source}
+        length = text.shape[1]
+        steps = torch.arange(length, device=text.device)
+        distance = steps[:, None] - steps
+        self._bias = -distance.clamp(min=0).float().sqrt()
+        self._future = distance < 0
+        self.losses: list[Tensor] = []
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if layer in SHOWN_LAYERS:
+            for head, places in self._places.items():
+                rows = (places >= 0).any(-1)
+                if bool(rows.any()):
+                    group = head * k.shape[2] // q.shape[2]
+                    self.losses.append(self._loss(q[:, :, head], k[:, :, group], head, places, rows))
+        return self._inner(layer, q, k, v)
+
+    def _loss(self, q: Tensor, k: Tensor, head: int, places: Tensor, rows: Tensor) -> Tensor:
+        """Minus the log of the attention that falls on the places, q and k (B, L, D), mean over the rows that have
+        one."""
+        scores = (q @ k.transpose(1, 2)).float() / q.shape[-1] ** 0.5 + self._slopes[head] * self._bias
+        scores = scores.masked_fill(self._future, -torch.inf)
+        total = scores.logsumexp(-1)
+        wanted = scores.gather(-1, places.clamp(min=0)).masked_fill(places < 0, -torch.inf)
+        missed: Tensor = total[rows] - wanted[rows].logsumexp(-1)
+        return missed.mean()
+
+
+class Choice(NamedTuple):
+    """Tokens with the same rivals: their places (n,) among all, the rivals' rows of the vocabulary (m,), and which of
+    the rivals is right (n,)."""
+
+    places: Tensor
+    rows: Tensor
+    right: Tensor
+
+
+def choices(ids: Tensor, before: Tensor, offset: int, eos: int) -> dict[str, Choice]:
+    """Splits tokens (n,), each with the token before it, by what decoding would let stand in their place.
+
+    Linguistic codes compete with each other and with the end, semantic codes with each other, text with text.
+    """
+    code = ids - offset
+    is_end = (ids == eos) & (before >= offset)
+    masks = {
+        "linguistic": ((code >= 0) & (code < LINGUISTIC_SIZE)) | is_end,
+        "semantic": code >= LINGUISTIC_SIZE,
+        "text": (code < 0) & ~is_end,
+    }
+    end = torch.tensor([eos], device=ids.device)
+    first, codes = offset + LINGUISTIC_SIZE, torch.arange(SEMANTIC_SIZE, device=ids.device)
+    rows = {
+        "linguistic": torch.cat([offset + codes[:LINGUISTIC_SIZE], end]),
+        "semantic": first + codes,
+        "text": torch.arange(offset, device=ids.device),
+    }
+    right = {
+        "linguistic": torch.where(is_end, LINGUISTIC_SIZE, code),
+        "semantic": code - LINGUISTIC_SIZE,
+        "text": ids,
+    }
+    found = {name: mask.nonzero()[:, 0] for name, mask in masks.items()}
+    return {name: Choice(places, rows[name], right[name][places]) for name, places in found.items() if len(places)}
+
+
+def loss_of(model: Step1, offset: int, batch: Batch, shown_weight: float) -> dict[str, Tensor]:
+    """Losses of a batch of tensors: "loss" to minimise, and per token "linguistic", "semantic", "text" and "shown"."""
+    ids = batch.ids
+    attend = Shown(model.whole_sequences(ids[:, :-1]), model, batch.text[:, :-1], batch.source[:, :-1])
+    hidden = model.hidden_states(ids[:, :-1], attend=attend)
+    used = batch.answer[:, 1:]
+    wanted, states = ids[:, 1:][used], hidden[used]
+    report, total = {}, states.new_zeros((), dtype=torch.float32)
+    for name, choice in choices(wanted, ids[:, :-1][used], offset, model.config.eos_token_id).items():
+        logits = states[choice.places] @ model.lm_head.weight[choice.rows].T  # type: ignore[index]
+        entropy = F.cross_entropy(logits.float(), choice.right)
+        report[name] = entropy.detach()
+        total = total + entropy * len(choice.places) / len(wanted)
+    if attend.losses:
+        shown = torch.stack(attend.losses).mean()
+        report["shown"] = shown.detach()
+        total = total + shown_weight * shown
+    return report | {"loss": total}
 
 
 def main() -> None:
@@ -213,8 +355,9 @@ def main() -> None:
     model.initialise(seed=6)
     start_audio_embedding(model, tokenizer.audio_offset)
     model.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, betas=(0.9, 0.95), weight_decay=0.05)
-    run = Run("llm", {"model": model, "optimizer": optimizer}, arguments.steps or recipe.steps, arguments.minutes)
+    optimizer = Optimizer(model, recipe.lr, outside=("embed", "lm_head"), betas=(0.9, 0.95), weight_decay=0.05)
+    parts = {"model": model, "optimizers": optimizer}
+    run = Run("llm", parts, arguments.steps or recipe.steps, arguments.minutes)
     examples = Examples(Coded(), tokenizer, recipe)
     print(
         f"llm: {count_parameters(model):.2f} M parameters, {len(examples.items)} rows, "
@@ -222,15 +365,15 @@ def main() -> None:
         flush=True,
     )
     while run.going:
-        ids, weights = (x.to(device) for x in examples.batch(run.rng(), run.step / run.steps))
+        batch = Batch(*(part.to(device) for part in examples.batch(run.rng(), run.step / run.steps)))
         set_lr(optimizer, cosine(run.step, run.steps, recipe.lr, recipe.final_lr, warmup=150))
         with torch.autocast(device.type, torch.bfloat16):
-            loss, answer = loss_of(model, ids, weights)
+            losses = loss_of(model, tokenizer.audio_offset, batch, recipe.shown_weight)
         optimizer.zero_grad()
-        loss.backward()
+        losses["loss"].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        run.done_step({"loss": loss.detach(), "answer": answer.detach(), "tokens": float((weights > 0).sum())})
+        run.done_step({name: value.detach() for name, value in losses.items()} | {"tokens": float(batch.answer.sum())})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ class Codebook(nn.Module):
         decay: of the running averages.
     """
 
-    def __init__(self, size: int, width: int, *, cosine: bool = False, decay: float = 0.98) -> None:
+    def __init__(self, size: int, width: int, *, cosine: bool = False, decay: float = 0.99) -> None:
         super().__init__()
         self.cosine, self.decay = cosine, decay
         self.register_buffer("centroids", torch.randn(size, width))
@@ -70,7 +70,7 @@ class Codebook(nn.Module):
         )
         self.centroids.lerp_(sums / counts.clamp(min=1)[:, None], weight[:, None])
         self.counts.mul_(decay).add_(counts, alpha=1 - decay)
-        dead = self.counts < 0.02 if decay else counts == 0
+        dead = self.counts < 0.01 if decay else counts == 0
         if bool(dead.any()):
             number = int(dead.sum())
             picks = torch.randint(len(data), (number,), device=data.device)

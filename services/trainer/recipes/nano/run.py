@@ -98,7 +98,52 @@ class Run:
         partial.replace(self.folder / "state.pt")
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+class Optimizer:
+    """Muon (Jordan et al., 2024) for the matrices inside a model, AdamW for everything else, behind one face.
+
+    A small model on a CPU gets further per step with it. The two share a learning rate: Muon's updates are scaled to
+    the size of AdamW's.
+
+    Args:
+        module: whose parameters to train.
+        outside: parts of names whose matrices AdamW keeps: embeddings, heads.
+    """
+
+    def __init__(
+        self, module: nn.Module, lr: float, *, outside: tuple[str, ...], betas: tuple[float, float] = (0.9, 0.98),
+        weight_decay: float = 0.01,
+    ) -> None:  # fmt: skip
+        inside: list[nn.Parameter] = []
+        other: list[nn.Parameter] = []
+        for name, parameter in module.named_parameters():
+            is_inside = parameter.ndim == 2 and not any(part in name for part in outside)
+            (inside if is_inside else other).append(parameter)
+        self.parts = (
+            torch.optim.Muon(inside, lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(other, lr, betas=betas, weight_decay=weight_decay),
+        )
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad()
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()  # type: ignore[no-untyped-call]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(number): part.state_dict() for number, part in enumerate(self.parts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for number, part in enumerate(self.parts):
+            part.load_state_dict(state[str(number)])
+
+
+def set_lr(optimizer: torch.optim.Optimizer | Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
 

@@ -1,15 +1,16 @@
 """Train the semantic tokenizer: 4096 codes at 25 Hz that carry what the linguistic codes leave out.
 
 Encoder, cosine codebook, and a decoder that is thrown away: from the code, the linguistic centroid and the
-excerpt's mean and deviation of the mel (so that the code need not carry the voice) it must give the clean mel, F0
-and Whisper's third layer. The encoder hears degraded audio. `python -m services.trainer.recipes.nano.semantic`,
-after `linguistic`.
+excerpt's mean and deviation of the mel (so that the code need not carry the voice) it must give the clean mel, F0,
+Whisper's third layer and the phoneme. The encoder hears degraded audio. `python -m
+services.trainer.recipes.nano.semantic`, after `linguistic`.
 """
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import soxr
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from services.trainer.recipes.nano import augment, linguistic
 from services.trainer.recipes.nano.features import Store
 from services.trainer.recipes.nano.quantizer import Codebook
-from services.trainer.recipes.nano.run import Run, cosine, count_parameters, pick_device, set_lr
+from services.trainer.recipes.nano.run import Optimizer, Run, cosine, count_parameters, pick_device, set_lr
 from shared.audio.features import prompt_mel, whisper_log_mel
 from shared.models.linguistic import nearest
 from shared.models.semantic import SemanticConfig, SemanticEncoder
@@ -41,8 +42,17 @@ class SemanticRecipe:
     quantize_from: int = 300
 
 
-CPU = SemanticRecipe(steps=2200, batch=12)
+CPU = SemanticRecipe(steps=5000, batch=12)
 GPU = SemanticRecipe(steps=10_000, batch=96, quantize_from=500)
+
+
+class Target(NamedTuple):
+    """What the decoder must give: F0 at 50 Hz (B, T), and at 25 Hz Whisper's states (B, T25, 512) and phonemes (B,
+    T25) with -100 where unknown."""
+
+    f0: Tensor
+    teacher: Tensor
+    phonemes: Tensor
 
 
 class Autoencoder(nn.Module):
@@ -59,12 +69,13 @@ class Autoencoder(nn.Module):
         self.to_mel = nn.Linear(WIDTH, 80)
         self.to_pitch = nn.Linear(WIDTH, 2)
         self.to_teacher = nn.Linear(WIDTH, 512)
+        self.to_phoneme = nn.Linear(WIDTH, linguistic.PHONEMES)
 
     def forward(
-        self, feats: Tensor, units: Tensor, mel: Tensor, f0: Tensor, teacher: Tensor, quantized: bool
+        self, feats: Tensor, units: Tensor, mel: Tensor, target: Target, quantized: bool
     ) -> dict[str, Tensor]:
-        """feats (B, 128, T100), units (B, T16, width) linguistic centroids, mel (B, T50, 80), f0 (B, T50),
-        teacher (B, T25, 512)."""
+        """feats (B, 128, T100), units (B, T16, width) linguistic centroids, mel (B, T50, 80)."""
+        f0, teacher = target.f0, target.teacher
         lengths = torch.full((len(feats),), feats.shape[2], device=feats.device)
         vectors = self.encoder.encode(feats, lengths).float()
         commitment, used = vectors.new_zeros(()), vectors.new_zeros(())
@@ -85,7 +96,11 @@ class Autoencoder(nn.Module):
         voiced = f0 > 0
         wanted = torch.log(f0.clamp(min=50)) - 5.0
         guess = self.to_teacher(x[:, ::2])
+        named = target.phonemes[:, : frames // 2]
+        known, spelled = named >= 0, self.to_phoneme(x[:, : 2 * named.shape[1] : 2]).float()
         return {
+            "phoneme": F.cross_entropy(spelled.flatten(0, 1), named.flatten(), ignore_index=-100),
+            "accuracy": ((spelled.argmax(-1) == named) & known).sum() / known.sum().clamp(min=1),
             "mel": F.l1_loss(self.to_mel(x).float(), mel),
             "pitch": ((pitch - wanted).abs() * voiced).sum() / voiced.sum().clamp(min=1),
             "voicing": F.binary_cross_entropy_with_logits(voicing, voiced.float()),
@@ -113,14 +128,15 @@ class Units:
         return s.codebook.centroids[nearest(hidden, s.codebook.centroids)]
 
 
-def draw(store: Store, recipe: SemanticRecipe, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Degraded 16 kHz (B, n), clean 24 kHz (B, 1.5 n), F0 at 50 Hz (B, T), the teacher's states (B, T25, 512)."""
+def draw(store: Store, recipe: SemanticRecipe, rng: np.random.Generator) -> tuple[Tensor, Tensor, Target]:
+    """Degraded 16 kHz (B, n), clean 24 kHz (B, 1.5 n), and the target."""
     samples = round(recipe.seconds * 16_000)
     heard, clean = np.zeros((recipe.batch, samples), np.float32), np.zeros((recipe.batch, samples * 3 // 2), np.float32)
     pitch, teacher = (
         np.zeros((recipe.batch, samples // 320), np.float32),
         np.zeros((recipe.batch, samples // 640, 512), np.float32),
     )
+    phonemes = np.full((recipe.batch, samples // 640), -100)
     for b in range(recipe.batch):
         i = int(rng.integers(len(store)))
         audio, states, f0 = store.audio(i), store.array(i, "middle"), store.array(i, "f0").astype(np.float32)
@@ -134,8 +150,11 @@ def draw(store: Store, recipe: SemanticRecipe, rng: np.random.Generator) -> tupl
         pitch[b] = np.where(at < len(f0), f0[np.minimum(at, len(f0) - 1)], 0)
         states = states[first : first + teacher.shape[1]]
         teacher[b, : len(states)] = states
+        named = linguistic.phoneme_labels(store.rows[i], len(audio) / 24_000, 0.04)[first : first + len(states)]
+        phonemes[b, : len(named)] = named
     heard /= np.maximum(1e-4, np.abs(heard).max(1, keepdims=True)) / 0.999
-    return torch.from_numpy(heard), torch.from_numpy(clean), torch.from_numpy(pitch), torch.from_numpy(teacher)
+    target = Target(torch.from_numpy(pitch), torch.from_numpy(teacher), torch.from_numpy(phonemes))
+    return torch.from_numpy(heard), torch.from_numpy(clean), target
 
 
 @torch.no_grad()
@@ -161,23 +180,26 @@ def main() -> None:
     torch.manual_seed(3)
     units, store = Units(device), Store()
     model = Autoencoder(linguistic.CONFIG.output_size).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    run = Run("semantic", {"model": model, "optimizer": optimizer}, arguments.steps or recipe.steps, arguments.minutes)
+    optimizer = Optimizer(model, recipe.lr, outside=("to_", "from_", "positions"))
+    parts = {"model": model, "optimizers": optimizer}
+    run = Run("semantic", parts, arguments.steps or recipe.steps, arguments.minutes)
     print(f"semantic: {count_parameters(model.encoder):.2f} M parameters, {store.hours:.2f} h on {device}", flush=True)
     while run.going:
         if run.step == recipe.quantize_from:
             fit_codebook(model, store, recipe, device)
-        heard, clean, f0, teacher = (x.to(device) for x in draw(store, recipe, run.rng()))
+        heard, clean, target = draw(store, recipe, run.rng())
+        heard, clean, target = heard.to(device), clean.to(device), Target(*(x.to(device) for x in target))
         set_lr(optimizer, cosine(run.step, run.steps, recipe.lr, recipe.final_lr))
         with torch.no_grad():
             feats, mel, known = whisper_log_mel(heard), prompt_mel(clean), units(heard).clone()
         with torch.autocast(device.type, torch.bfloat16):
-            losses = model(feats, known, mel, f0, teacher, run.step >= recipe.quantize_from)
+            losses = model(feats, known, mel, target, run.step >= recipe.quantize_from)
         total = (
             losses["mel"]
             + losses["pitch"]
             + 0.2 * losses["voicing"]
-            + 0.5 * losses["teacher"]
+            + losses["teacher"]
+            + 0.2 * losses["phoneme"]
             + 0.25 * losses["commitment"]
         )
         optimizer.zero_grad()

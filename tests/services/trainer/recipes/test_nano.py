@@ -89,7 +89,7 @@ def test_degraded_speech_keeps_its_length_and_its_bounds() -> None:
 
 def test_pauses_are_put_in_and_nothing_is_taken_out() -> None:
     audio = voice()[::2].copy()
-    paused = codes.with_pauses(audio, 2, np.random.default_rng(0))
+    paused, _ = codes.with_pauses(audio, 2, np.random.default_rng(0))
     assert len(paused) > len(audio) + 2 * 0.35 * 16_000 - 1
     assert np.count_nonzero(paused) == np.count_nonzero(audio)
 

@@ -1,0 +1,102 @@
+"""Which place of the prompt a spoken token answers to: a piece of text, and a token of the source recording.
+
+The teachers know when they say which phoneme, so what a language model otherwise finds out over many hours, where it
+is in the text, can be shown to it (`llm`). Times are seconds from the start of a reading; audio tokens stand in
+groups of two linguistic (60 ms) and three semantic (40 ms). Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+SPACE = 16
+PAUSE = 0
+GROUP_S = 0.12
+
+
+def boundaries(row: dict[str, Any]) -> np.ndarray:
+    """End of every phoneme in seconds, the silence at both ends counted as one each, (phonemes + 2,)."""
+    ends = np.cumsum(row["frames"]).astype(np.float64)
+    scaled: np.ndarray = ends * row["duration_s"] / ends[-1]
+    return scaled
+
+
+def char_starts(row: dict[str, Any]) -> np.ndarray:
+    """When each character of the row's text begins, (characters,), never falling.
+
+    By words where text and phonemes have as many, evenly within a word; else evenly over the whole.
+    """
+    text, ends = row["text"], boundaries(row)
+    ids = np.array([PAUSE, *row["phonemes"], PAUSE])
+    starts = np.concatenate([[0.0], ends[:-1]])
+    spoken = (ids != SPACE) & (ids != PAUSE)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], spoken, [False]]).astype(int)))
+    words = edges.reshape(-1, 2)
+    places, at = [], 0
+    for word in text.split():
+        at = text.index(word, at)
+        places.append((at, len(word)))
+        at += len(word)
+    result = np.zeros(len(text))
+    if len(words) != len(places):
+        return np.linspace(ends[0], starts[-1], len(text), endpoint=False)
+    for (first, last), (place, length) in zip(words, places, strict=True):
+        result[place : place + length] = np.linspace(starts[first], ends[last - 1], length, endpoint=False)
+    return np.maximum.accumulate(result)
+
+
+def token_times(count: int) -> np.ndarray:
+    """The middle of every audio token of a mixed sequence, (count,) seconds."""
+    group, slot = np.divmod(np.arange(count), 5)
+    linguistic, semantic = (2 * group + slot + 0.5) * 0.06, (3 * group + slot - 2 + 0.5) * 0.04
+    times: np.ndarray = np.where(slot < 2, linguistic, semantic)
+    return times
+
+
+def tokens_at(times: np.ndarray, slots: np.ndarray, count: int) -> np.ndarray:
+    """The tokens of the same kind as each slot that sound at the times, of `count` tokens: (n, 3), with the kind's
+    neighbour before and after; -1 where there is none."""
+    is_linguistic = slots < 2
+    k = np.where(is_linguistic, times / 0.06, times / 0.04).astype(int)[:, None] + np.array([-1, 0, 1])
+    mixed = np.where(is_linguistic[:, None], 5 * (k // 2) + k % 2, 5 * (k // 3) + 2 + k % 3)
+    found: np.ndarray = np.where((k >= 0) & (mixed < count), mixed, -1)
+    return found
+
+
+def source_times(times: np.ndarray, target: dict[str, Any], source: dict[str, Any]) -> np.ndarray | None:
+    """When the source says what the target says at the times; None where their phonemes differ."""
+    if target["phonemes"] != source["phonemes"]:
+        return None
+    return np.interp(times, np.concatenate([[0.0], boundaries(target)]), np.concatenate([[0.0], boundaries(source)]))
+
+
+def times_with_pauses(times: np.ndarray, pauses: list[tuple[float, float]]) -> np.ndarray:
+    """Times of a reading moved behind the pauses that were put into it before them."""
+    moved = np.array(times, dtype=np.float64)
+    for place, length in pauses:
+        moved[times >= place] += length
+    return moved
+
+
+class TextPlaces:
+    """Finds a text's characters among the tokens of a prompt.
+
+    Args:
+        pieces: the surface of every id below the audio ids.
+    """
+
+    def __init__(self, pieces: list[str]) -> None:
+        self._pieces = pieces
+
+    def __call__(self, ids: list[int], text: str) -> np.ndarray | None:
+        """Place in `ids` of the token that holds each character of the last occurrence of the text, (characters,);
+        None where the text is not spelled out."""
+        surfaces = [self._pieces[i] if i < len(self._pieces) else "\0" for i in ids]
+        starts = np.cumsum([0] + [len(s) for s in surfaces])
+        at = "".join(surfaces).rfind(text.replace(" ", "▁"))
+        if at < 0:
+            return None
+        places: np.ndarray = np.asarray(np.searchsorted(starts, np.arange(at, at + len(text)), side="right") - 1)
+        return places
