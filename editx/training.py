@@ -5,7 +5,6 @@ The trainer knows ports only; here they are filled with the services' models in 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,12 +12,18 @@ import torch
 
 from services.llm.engine import Engine, EngineSettings, Generation
 from services.llm.sampling import SamplingSettings
+from services.trainer.core.runs import Observer
 from services.trainer.core.sampling import Vocabulary
-from services.trainer.ppo.rollouts import Prompt, Rollout, State
+from services.trainer.jobs import Place
+from services.trainer.ppo.rollouts import Prompt, Rollout, Rollouts, State
+from services.trainer.ppo.sources import Request, local_rollouts, local_scorer, pool_rollouts, pool_scorer
+from services.trainer.settings import TrainerSettings
 from shared.checkpoints.layout import Checkpoint
+from shared.checkpoints.step1 import load_step1
 from shared.inference.local import LocalInference, ModelFactory
 from shared.inference.port import Inference, Model
 from shared.models.step1 import Step1
+from shared.store.port import ArtifactStore
 
 
 def models(checkpoint: Checkpoint, device: str) -> Mapping[str, ModelFactory]:
@@ -69,7 +74,7 @@ class EngineRollouts:
     """
 
     def __init__(self, model: Step1, vocabulary: Vocabulary, settings: EngineSettings | None = None) -> None:
-        self._model = copy.deepcopy(model).eval()
+        self._model = model.eval()
         self._vocabulary, self._settings = vocabulary, settings or EngineSettings()
         self._version = 0
         self._engine: Engine | None = None
@@ -107,3 +112,20 @@ class EngineRollouts:
                 self._engine = Engine(self._model, audio_offset=self._vocabulary.offset, eos=self._vocabulary.eos,
                                       settings=self._settings)  # fmt: skip
         return self._engine
+
+
+def engine_rollouts(request: Request) -> Rollouts:
+    """The engine over a copy of the SFT model, large enough for a step's answers side by side."""
+    asked = request.config.prompts_per_step * request.config.samples_per_prompt
+    settings = EngineSettings(slots=min(64, asked), queue_limit=100_000)
+    return EngineRollouts(load_step1(request.base, device=request.device), request.vocabulary, settings)
+
+
+def training_place(folder: Path, store: ArtifactStore, device: str, observer: Observer) -> Place:
+    """Where a training command works, with every source of rollouts and scores."""
+    settings = TrainerSettings()
+    return Place(
+        folder, store, device, observer,
+        {"local": local_rollouts, "engine": engine_rollouts, "pool": pool_rollouts(settings)},
+        {"local": local_scorer, "pool": pool_scorer(settings)},
+    )  # fmt: skip

@@ -23,6 +23,11 @@ Config = Annotated[Path | None, typer.Option(help="YAML or JSON with entries of 
 Set = Annotated[list[str] | None, typer.Option("--set", help="One entry, e.g. loop.lr=1e-5. May be repeated.")]
 Out = Annotated[Path, typer.Option(help="Run folder; a run that stopped goes on from it.")]
 Publish = Annotated[str | None, typer.Option(help="Name under which the new checkpoint is published.")]
+Rollouts = Annotated[str, typer.Option(help=(
+    "Who draws answers: engine (the language model service's, in this process; not in a job), pool (servers at "
+    "EDITX_TRAINER_POOL that load from EDITX_TRAINER_POOL_FOLDER) or local (the trainer's own sampler)."
+))]  # fmt: skip
+Scores = Annotated[str, typer.Option(help="Who scores them: local, or pool (EDITX_TRAINER_REWARD_URL).")]
 Gate = Annotated[list[str] | None, typer.Option(help="Lowest value of a measure to publish, e.g. accuracy=0.8.")]
 
 
@@ -47,11 +52,13 @@ def reward(
 @app.command()
 def ppo(
     data: Data, out: Out, judge: Annotated[str, typer.Option("--reward", help="Checkpoint of the reward model.")],
-    base: Base = "nano", held_out: HeldOut = None, config: Config = None, entries: Set = None,
-    publish: Publish = None, gate: Gate = None, device: options.DeviceOption = "cpu",
+    base: Base = "nano", held_out: HeldOut = None, rollouts: Rollouts = "engine", scores: Scores = "local",
+    config: Config = None, entries: Set = None, publish: Publish = None, gate: Gate = None,
+    device: options.DeviceOption = "cpu",
 ) -> None:  # fmt: skip
     """PPO against a reward model, from an SFT checkpoint and prompts (rows of any data set)."""
-    _run("ppo", _settings(base, data, held_out, judge, config, entries, publish, gate), out, device)
+    settings = _settings(base, data, held_out, judge, config, entries, publish, gate, rollouts, scores)
+    _run("ppo", settings, out, device)
 
 
 @app.command()
@@ -107,6 +114,7 @@ def submit(
     recipe: Annotated[str, typer.Argument(help="sft, reward or ppo.")],
     data: Data, base: Base = "nano", held_out: HeldOut = None,
     judge: Annotated[str | None, typer.Option("--reward", help="Checkpoint of the reward model, for ppo.")] = None,
+    rollouts: Rollouts = "local", scores: Scores = "local",
     config: Config = None, entries: Set = None, publish: Publish = None, gate: Gate = None,
 ) -> None:  # fmt: skip
     """Send a training job to the hosted system (EDITX_BUS_URL, EDITX_JOBS_URL, EDITX_STORE_URL) and print its id."""
@@ -122,7 +130,7 @@ def submit(
     bus, jobs = open_bus(surroundings.bus_url), open_jobs(surroundings.jobs_url)
     if Path(data).exists():
         data = Dataset.load(Path(data)).publish(open_store(surroundings.store_url))
-    settings = _settings(base, data, held_out, judge, config, entries, publish, gate)
+    settings = _settings(base, data, held_out, judge, config, entries, publish, gate, rollouts, scores)
     training = TrainingRequest(recipe=recipe, settings=settings.model_dump(mode="json"))
     accepted = machine.accept(JobRequest(training=training, lane="batch"), jobs.now())
     job = publish_step(bus, jobs, jobs.create(accepted.job, accepted.events).job)
@@ -133,7 +141,7 @@ def submit(
 
 def _settings(
     base: str, data: str, held_out: str | None, judge: str | None, config: Path | None, entries: list[str] | None,
-    publish: str | None, gate: list[str] | None,
+    publish: str | None, gate: list[str] | None, rollouts: str = "local", scores: str = "local",
 ) -> TrainingSettings:  # fmt: skip
     from services.trainer.core.configs import parse_assignments, read_config
     from services.trainer.jobs import parse_settings
@@ -142,7 +150,7 @@ def _settings(
     _merge(merged, parse_assignments(entries or []))
     return parse_settings({
         "base": base, "dataset": data, "held_out": held_out, "reward": judge, "config": merged, "publish": publish,
-        "gate": parse_assignments(gate or []),
+        "gate": parse_assignments(gate or []), "rollouts": rollouts, "scores": scores,
     })  # fmt: skip
 
 
@@ -158,16 +166,18 @@ def _run(recipe: str, settings: TrainingSettings, out: Path, device: str) -> Non
     """Train in this process (or this group of processes under torchrun), then publish if asked."""
     import os
 
+    from editx.training import training_place
     from services.trainer.core.runs import Bar, Silent, write_json
-    from services.trainer.jobs import Place, carry_out, publish
+    from services.trainer.jobs import carry_out, publish
     from shared.checkpoints.layout import checkpoints_home
-    from shared.store.folder import FolderStore
+    from shared.wiring import open_store
 
     rank = int(os.environ.get("RANK", "0"))
     observer = Bar(recipe) if rank == 0 else Silent()
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    measures = carry_out(recipe, settings, Place(out, FolderStore(out / "store"), device, observer))
+    store = open_store(os.environ.get("EDITX_STORE_URL") or f"file://{(out / 'store').absolute()}")
+    measures = carry_out(recipe, settings, training_place(out, store, device, observer))
     if rank == 0:
         write_json(out / "measures.json", measures)
         live = publish(settings, measures, out, checkpoints_home())

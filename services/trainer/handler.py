@@ -11,6 +11,7 @@ import torch
 
 from services.trainer.core.runs import LOG, RunStopped
 from services.trainer.jobs import Place, carry_out, parse_settings, publish
+from services.trainer.ppo.sources import local_rollouts, local_scorer, pool_rollouts, pool_scorer
 from services.trainer.settings import TrainerSettings
 from services.trainer.states import States
 from shared.checkpoints.layout import checkpoints_home
@@ -59,7 +60,11 @@ class TrainHandler:
             torch.set_num_threads(self._settings.threads)
         folder = self._settings.runs / step.job.id
         self._states.take_up(step.job.id, folder / "run")
-        place = Place(folder, self._states.store, self._settings.device, _Watcher(step, self._states))
+        place = Place(
+            folder, self._states.store, self._settings.device, _Watcher(step, self._states),
+            {"local": local_rollouts, "pool": pool_rollouts(self._settings)},
+            {"local": local_scorer, "pool": pool_scorer(self._settings)},
+        )  # fmt: skip
         try:
             measures = carry_out(str(parameters["recipe"]), settings, place)
         except RunStopped as stopped:

@@ -1,31 +1,33 @@
 """Training as jobs: a recipe by name with plain settings, carried out in a folder, measured, gated and published.
 
 Settings: "base" (checkpoint), "dataset" (a prefix in the artifact store or a folder), "held_out" (the same, for the
-measures), "config" (entries of the stage's dataclass), for ppo "reward" (checkpoint of the reward model); "publish"
-(name of the new checkpoint) and "gate" ({measure: lowest value}) for publishing. Knows no bus.
+measures), "config" (entries of the stage's dataclass), for ppo "reward" (checkpoint of the reward model), "rollouts"
+and "scores" (where they come from); "publish" (name of the new checkpoint) and "gate" ({measure: lowest value}) for
+publishing. Knows no bus.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from services.trainer.core.configs import with_entries
+from services.trainer.core.distributed import Group
 from services.trainer.core.export import write_checkpoint, write_sums
 from services.trainer.core.runs import Observer
 from services.trainer.core.sampling import Vocabulary
 from services.trainer.data.manifest import Dataset, fetch
 from services.trainer.data.rows import reason
 from services.trainer.ppo.config import PpoConfig
-from services.trainer.ppo.rollouts import LocalRollouts, LocalScorer
+from services.trainer.ppo.sources import MakeRollouts, MakeScorer, Request, local_rollouts, local_scorer
 from services.trainer.ppo.trainer import PpoTrainer, as_critic, prompts_of
-from services.trainer.reward.trainer import RewardConfig, RewardTrainer, save_reward
+from services.trainer.reward.trainer import RewardConfig, RewardTrainer
 from services.trainer.sft.trainer import SftConfig, SftTrainer, evaluate_loss
 from shared.checkpoints.layout import Checkpoint
 from shared.checkpoints.reward import FOLDER, load_reward
@@ -43,6 +45,8 @@ class TrainingSettings(BaseModel):
     dataset: str
     held_out: str | None = None
     reward: str | None = None
+    rollouts: Literal["local", "engine", "pool"] = "local"
+    scores: Literal["local", "pool"] = "local"
     config: dict[str, Any] = Field(default_factory=dict)
     publish: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     gate: dict[str, float] = Field(default_factory=dict)
@@ -56,12 +60,14 @@ class GateFailed(PermanentError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a job works: its folder, the store for data sets, the device, who watches."""
+    """Where a job works: its folder, the store for data sets, the device, who watches, who draws PPO's answers."""
 
     folder: Path
     store: ArtifactStore
     device: str
     observer: Observer
+    rollouts: Mapping[str, MakeRollouts] = field(default_factory=lambda: {"local": local_rollouts})
+    scorers: Mapping[str, MakeScorer] = field(default_factory=lambda: {"local": local_scorer})
 
     def dataset(self, source: str) -> Dataset:
         """A data set by folder, or by prefix in the store."""
@@ -131,7 +137,7 @@ def _sft(settings: TrainingSettings, place: Place) -> Measures:
     trainer = SftTrainer(model, tokenizer, dataset.rows, config, place.folder / "run",
                          data={"dataset": dataset.content_hash}, observer=place.observer)  # fmt: skip
     trainer.train()
-    _write(settings, place, base, trainer.state(), "sft", dataset)
+    _write(settings, place, base, trainer.state(), "sft", dataset, trainer.group)
     if not held_out:
         return {}
     after = evaluate_loss(trainer.model, tokenizer, held_out, config)
@@ -147,9 +153,11 @@ def _reward(settings: TrainingSettings, place: Place) -> Measures:
                             data={"dataset": dataset.content_hash}, observer=place.observer)  # fmt: skip
     trainer.train()
     untouched = load_step1(base, dtype=torch.float32).state_dict()
-    made = _write(settings, place, base, untouched, "reward", dataset)
-    save_reward(trainer.model, base, made.root / FOLDER, config.aggregate)
-    write_sums(made.root)
+    target = place.folder / "checkpoint"
+    _write(settings, place, base, untouched, "reward", dataset, trainer.group)
+    trainer.save(base, target / FOLDER)
+    if trainer.group.is_main:
+        write_sums(target)
     if not settings.held_out:
         return {}
     report = trainer.evaluate(place.dataset(settings.held_out).rows, tokenizer)
@@ -166,25 +174,43 @@ def _ppo(settings: TrainingSettings, place: Place) -> Measures:
     tokenizer = load_text_tokenizer(base)
     vocabulary = Vocabulary(tokenizer.audio_offset, tokenizer.eos)
     actor, reference = (load_step1(base, dtype=torch.float32, device=place.device) for _ in range(2))
-    judge, critic = (load_reward(scored, dtype=torch.float32, device=place.device)[0] for _ in range(2))
-    trainer = PpoTrainer(
-        actor, as_critic(critic), reference, prompts_of(tokenizer, dataset.rows, config),
-        LocalRollouts(load_step1(base, device=place.device), vocabulary), LocalScorer(judge, vocabulary), vocabulary,
-        config, place.folder / "run", watched=prompts_of(tokenizer, held_out, config),
-        data={"dataset": dataset.content_hash}, observer=place.observer,
-    )  # fmt: skip
-    trainer.train()
-    _write(settings, place, base, trainer.state(), "ppo", dataset)
+    critic, _ = load_reward(scored, dtype=torch.float32, device=place.device)
+    request = Request(base, scored, vocabulary, config, place.device)
+    scorer = _source(place.scorers, settings.scores, "scores")(request)
+    rollouts = _source(place.rollouts, settings.rollouts, "rollouts")(request)
+    try:
+        trainer = PpoTrainer(
+            actor, as_critic(critic), reference, prompts_of(tokenizer, dataset.rows, config), rollouts, scorer,
+            vocabulary, config, place.folder / "run", watched=prompts_of(tokenizer, held_out, config),
+            data={"dataset": dataset.content_hash}, observer=place.observer,
+        )  # fmt: skip
+        trainer.train()
+    finally:
+        rollouts.close()
+    _write(settings, place, base, trainer.state(), "ppo", dataset, trainer.group)
     return trainer.gains()
 
 
 def _write(
     settings: TrainingSettings, place: Place, base: Checkpoint, state: Mapping[str, torch.Tensor], stage: str,
-    dataset: Dataset,
-) -> Checkpoint:  # fmt: skip
+    dataset: Dataset, group: Group,
+) -> None:  # fmt: skip
+    """The trained checkpoint, by the first of several processes; the others wait for it."""
     name = settings.publish or f"{base.metadata.name}-{stage}"
     facts = {"stage": stage, "base": base.metadata.name, "dataset": f"{dataset.name}/{dataset.version}"}
-    return write_checkpoint(base, place.folder / "checkpoint", state, name=name, version=dataset.version, facts=facts)
+    if group.is_main:
+        write_checkpoint(base, place.folder / "checkpoint", state, name=name, version=dataset.version, facts=facts)
+    group.wait()
+
+
+Make = TypeVar("Make")
+
+
+def _source(known: Mapping[str, Make], wanted: str, what: str) -> Make:
+    if wanted not in known:
+        raise UserError(f"There are no {what} of the kind {wanted!r} here.", f"Known: {', '.join(known)}.",
+                        "invalid_training")  # fmt: skip
+    return known[wanted]
 
 
 RECIPES: dict[str, Recipe] = {"sft": _sft, "reward": _reward, "ppo": _ppo}

@@ -17,3 +17,10 @@ class TrainerSettings(BaseSettings):
     publish: Path | None = Field(
         default=None, description="Folder for published checkpoints; by default where names are looked up."
     )
+    pool: str = Field(
+        default="", description="Servers that draw PPO's rollouts: triton://host:port, several with commas between."
+    )
+    pool_folder: Path | None = Field(
+        default=None, description="Folder of their weights; they load from the link `current` in it."
+    )
+    reward_url: str = Field(default="", description="A server of the reward model, for PPO's scores.")

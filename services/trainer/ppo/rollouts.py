@@ -54,6 +54,10 @@ class Rollouts(Protocol):
         """One answer per prompt, in order."""
         ...
 
+    def close(self) -> None:
+        """Let go of threads and connections. Safe to call twice."""
+        ...
+
 
 class Scorer(Protocol):
     """A source of rewards."""
@@ -81,6 +85,9 @@ class LocalRollouts:
         )  # fmt: skip
         return [Rollout(p, a.mixed, a.ended, self._version) for p, a in zip(prompts, answers, strict=True)]
 
+    def close(self) -> None:
+        """Nothing is held."""
+
 
 class PoolRollouts:
     """Draws from the model "llm" behind the inference port, `width` requests at a time.
@@ -91,9 +98,10 @@ class PoolRollouts:
 
     def __init__(
         self, inference: Inference, deploy: Callable[[int, State], None], deployed: Callable[[], int], *,
-        width: int = 32,
+        width: int = 32, close: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._inference, self._deploy, self._deployed, self._width = inference, deploy, deployed, width
+        self._close = close
 
     def update(self, version: int, state: State) -> None:
         self._deploy(version, state)
@@ -112,6 +120,9 @@ class PoolRollouts:
 
         with ThreadPoolExecutor(self._width) as pool:
             return list(pool.map(one, range(len(prompts))))
+
+    def close(self) -> None:
+        self._close()
 
 
 class LocalScorer:

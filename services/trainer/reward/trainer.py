@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -38,6 +38,7 @@ from services.trainer.core.settings import (
     plain_state,
     prepare,
     trainable,
+    whole,
 )
 from services.trainer.data.rows import Row
 from shared.checkpoints.layout import Checkpoint
@@ -174,8 +175,14 @@ class RewardTrainer:
         self.model.std.copy_(scores.std().clamp(min=1e-3))
 
     def save(self, base: Checkpoint, target: Path) -> None:
-        """Write the reward model as a checkpoint of its own: the published layout, flat, and the head's file."""
-        save_reward(self.model, base, target, self.config.aggregate)
+        """Write the reward model as a checkpoint of its own: the published layout, flat, and the head's file.
+
+        Every process must call; the first one writes.
+        """
+        trunk, head = plain_state(self.model.trunk), _plain_head(self.model)
+        if self.group.is_main:
+            save_reward(trunk, head, base, target, self.config.aggregate)
+        self.group.wait()
 
     @torch.no_grad()
     def score(self, row: Row, answers: Sequence[Codes], tokenizer: TextTokenizer) -> list[float]:
@@ -225,12 +232,23 @@ def score_chats(model: Step1Reward, chats: Sequence[Encoded], how: Aggregate) ->
     return aggregate_scores(model(batch.ids), mask, how)
 
 
-def save_reward(model: Step1Reward, base: Checkpoint, target: Path, how: Aggregate) -> None:
-    """Write config.json, weights, tokenizer.model, the head and SHA256SUMS into one flat folder."""
+def save_reward(
+    trunk: Mapping[str, Tensor], head: Step1Reward, base: Checkpoint, target: Path, how: Aggregate
+) -> None:  # fmt: skip
+    """Write config.json, the trunk's weights, tokenizer.model, the head and SHA256SUMS into one flat folder."""
     target.mkdir(parents=True, exist_ok=True)
-    (target / "config.json").write_text(model.trunk.config.to_json())
-    state = {name: tensor.to(torch.bfloat16) for name, tensor in plain_state(model.trunk).items()}
-    save_weights(state, target)
+    (target / "config.json").write_text(head.trunk.config.to_json())
+    save_weights({name: tensor.to(torch.bfloat16) for name, tensor in trunk.items()}, target)
     (target / "tokenizer.model").write_bytes(base.text_tokenizer_file.read_bytes())
-    save_head(model, target, aggregate=how)
+    save_head(head, target, aggregate=how)
     write_sums(target)
+
+
+@torch.no_grad()
+def _plain_head(model: Step1Reward) -> Step1Reward:
+    """The same model with a head that is no shard."""
+    plain = Step1Reward(model.trunk)
+    for own, other in ((plain.head.weight, model.head.weight), (plain.head.bias, model.head.bias),
+                       (plain.mean, model.mean), (plain.std, model.std)):  # fmt: skip
+        own.copy_(whole(other))
+    return plain

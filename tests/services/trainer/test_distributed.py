@@ -11,7 +11,9 @@ import torch
 from services.trainer.core.settings import LoopConfig
 from services.trainer.sft.trainer import SftConfig, SftTrainer
 from shared.checkpoints import Checkpoint
+from shared.checkpoints.reward import load_reward
 from shared.checkpoints.step1 import load_step1, load_text_tokenizer
+from shared.checkpoints.verify import verify
 from shared.errors import UserError
 from tests.services.trainer.conftest import make_row
 
@@ -41,6 +43,22 @@ def test_two_processes_train_as_one_with_two_batches(sharding: str, tiny: Path, 
     alone, both = (torch.load(tmp_path / name / "weights.pt") for name in ("alone", "both"))
     for name, tensor in alone.items():
         torch.testing.assert_close(both[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_sharded_reward_model_is_written_once_and_whole(tiny: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(make_row(i, rejected=True).model_dump_json() + "\n" for i in range(2)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "editx",
+               "train", "reward", "--data", str(pairs), "--held-out", str(pairs), "--base", str(tiny), "--out",
+               str(tmp_path / "run"), "--set", "loop.sharding=fsdp", "--set", "loop.lr=1e-3", "--set",
+               "pairs_per_batch=1"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = Checkpoint(tmp_path / "run" / "checkpoint")
+    assert verify(made).ok
+    model, aggregate = load_reward(made)
+    assert aggregate == "mean"
+    assert model.head.weight.abs().max() > 0
 
 
 def test_shards_without_torchrun_are_refused(tiny: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from services.trainer.data.manifest import collect
 from services.trainer.handler import TrainHandler
 from services.trainer.jobs import TrainingSettings, publish
 from services.trainer.ppo.config import PpoConfig
+from services.trainer.reward.trainer import RewardConfig, RewardTrainer
 from services.trainer.settings import TrainerSettings
 from services.trainer.sft.trainer import SftConfig, SftTrainer
 from services.trainer.states import States
@@ -125,9 +126,27 @@ def test_reward_and_ppo_jobs_follow_each_other(world: World, tiny: Path, tmp_pat
 
 
 @pytest.mark.parametrize(("changes", "message"), [
+    ({"rollouts": "engine"}, "no rollouts of the kind 'engine' here"),
+    ({"rollouts": "pool"}, "the addresses of its servers"),
+    ({"scores": "pool"}, "need its address"),
+])  # fmt: skip
+def test_a_worker_says_which_rollouts_it_does_not_have(
+    changes: dict, message: str, world: World, tiny: Path, tmp_path: Path
+) -> None:
+    judge = tmp_path / "judge"
+    RewardTrainer(load_step1(Checkpoint(tiny)), load_text_tokenizer(Checkpoint(tiny)), [make_row(0, rejected=True)],
+                  RewardConfig(), tmp_path / "reward").save(Checkpoint(tiny), judge)  # fmt: skip
+    world.work(handler(world, tmp_path, "a"), lease_s=20.0)
+    job = world.wait_end(submit(world, tiny, "ppo", config={}, reward=str(judge), **changes))
+    assert job.error is not None
+    assert message in job.error.message
+
+
+@pytest.mark.parametrize(("changes", "message"), [
     ({"config": {"epoch": 1}}, "config.epoch is no entry of SftConfig"),
     ({"config": {"loop": {"lr": "fast"}}}, "config.loop.lr is 'fast', not float"),
     ({"colour": 1}, "colour"),
+    ({"rollouts": "psychic"}, "rollouts"),
     ({"publish": "../up"}, "publish"),
 ])  # fmt: skip
 def test_wrong_settings_fail_the_job_with_their_name(

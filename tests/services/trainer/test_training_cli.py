@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from editx.cli.app import run
+from services.trainer.core.runs import read_log
 from services.trainer.data.manifest import collect
 from shared.audio.io import Waveform, write_audio
 from tests.services.trainer.conftest import make_row, random_codes
@@ -109,3 +110,31 @@ def test_the_benchmark_runs_with_a_fitted_judge_and_is_reported(tiny: Path, tmp_
     assert "| emotion | all | Iter1 | 1 |" in capsys.readouterr().out
     assert run(["eval", "report", str(tmp_path / "out"), "--out", str(tmp_path / "report")]) == 0
     assert run([*arguments[:-6], "--judge", "gemini:x"]) == 2
+
+
+def test_a_trained_reward_model_picks_candidates_and_teaches_the_policy(
+    rows: Path, tiny: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setenv("EDITX_CHECKPOINTS_DIR", str(tmp_path / "home"))
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(make_row(i, rejected=True, margin=9.0).model_dump_json() + "\n" for i in range(4)))
+    arguments = ["train", "reward", "--data", str(pairs), "--held-out", str(pairs), "--base", str(tiny), "--out",
+                 str(tmp_path / "reward"), "--set", "loop.lr=1e-3", "--publish", "judge",
+                 "--gate", "accuracy=0.0"]  # fmt: skip
+    assert run(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["checkpoint"] == str(tmp_path / "home" / "judge")
+    write_audio(Waveform(tone(0.8), RATE), tmp_path / "in.wav", "wav")
+    (tmp_path / "in.txt").write_text("well then")
+    edit = ["edit", str(tmp_path / "in.wav"), "--denoise", "--checkpoint", "judge", "--n-best", "4", "--seed", "1",
+            "--steps", "1", "--out", str(tmp_path / "out.wav"), "--json"]  # fmt: skip
+    assert run(edit) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (tmp_path / "out.wav").exists()
+    assert "score" in json.dumps(report)
+    sizes = ["steps=2", "critic_warmup=1", "prompts_per_step=2", "samples_per_prompt=1", "max_stretch=0.5",
+             "extra_groups=1", "loop.log_every=1"]  # fmt: skip
+    arguments = ["train", "ppo", "--data", str(rows), "--base", str(tiny), "--reward", "judge", "--rollouts", "engine",
+                 "--out", str(tmp_path / "ppo"), *(word for size in sizes for word in ("--set", size))]  # fmt: skip
+    assert run(arguments) == 0
+    assert [line["staleness"] for line in read_log(tmp_path / "ppo" / "run")] == [0, 0]
+    assert run([*arguments[:-2], "--rollouts", "psychic"]) == 2
