@@ -31,12 +31,18 @@ def run(
     workers: Annotated[int, typer.Option(min=1, max=64, help="Cases at a time.")] = 2,
     fixed_prompt: Annotated[bool, typer.Option(help="Edit iteration 0 each time.")] = False,
     measures: Annotated[bool, typer.Option(help="Word errors, voice and naturalness by offline judges.")] = False,
+    gateway: Annotated[
+        str | None, typer.Option(help="Edit by jobs of the hosted system there, as http://host:8000, not here.")
+    ] = None,
+    gateway_key: Annotated[str | None, typer.Option(envvar="EDITX_API_KEY", help="The key for --gateway.")] = None,
     device: options.DeviceOption = "cpu",
     steps: options.StepsOption = 10,
 ) -> None:
     """Clone, edit again and again, judge every iteration; then write report.md."""
     from tqdm import tqdm
 
+    from editx.constellation import GatewaySystem
+    from editx.remote import RemoteEditor
     from editx.training import Served
     from services.trainer.evaluate import runner
     from services.trainer.evaluate.benchmark import read_cases
@@ -47,24 +53,33 @@ def run(
     from shared.checkpoints.layout import Checkpoint
     from shared.checkpoints.step1 import load_text_tokenizer
 
-    cases, found = read_cases(benchmark), Checkpoint.resolve(checkpoint)
+    cases = read_cases(benchmark)
     asked = _judge(judge, judge_url, judge_key, out)
     served, bar = Served(), tqdm(total=len(cases), desc="cases")
+    remote = RemoteEditor(gateway, gateway_key) if gateway else None
 
     def show(fraction: float, note: str) -> None:
         bar.n = round(fraction * len(cases))
         bar.set_postfix_str(note)
 
     try:
-        system = PortSystem(served(found.root, device), load_text_tokenizer(found), steps)
+        system: runner.System
+        if remote is not None:
+            name, system = "hosted", GatewaySystem(remote, steps)
+        else:
+            found = Checkpoint.resolve(checkpoint)
+            name = found.metadata.name
+            system = PortSystem(served(found.root, device), load_text_tokenizer(found), steps)
         lines = runner.run(
             cases, system, asked, out, runner.Setup(iterations, seed, workers, fixed_prompt), progress=show,
             measures=runner.OfflineMeasures(Judges(assets.prepare().whisper)) if measures else None,
         )  # fmt: skip
     finally:
         served.close()
+        if remote is not None:
+            remote.close()
         bar.close()
-    typer.echo(write_report({found.metadata.name: lines}, out).read_text(encoding="utf-8"))
+    typer.echo(write_report({name: lines}, out).read_text(encoding="utf-8"))
 
 
 @app.command()
