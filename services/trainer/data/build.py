@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.trainer.data import degrade
+from services.trainer.data import paralinguistic_sounds as sounds
 from services.trainer.data.manifest import Refused
 from services.trainer.data.rows import Row, Side, hash_audio, reason
 from services.trainer.data.teachers import Teacher
@@ -159,6 +160,38 @@ def paralinguistic(
             )  # fmt: skip
 
         yield _guarded(number, recording.id, make)
+
+
+def made_sounds(
+    teacher: Teacher, sentences: Sequence[Sentence], speakers: Mapping[str, Sequence[str]], tokenize: Tokenize, *,
+    count: int, seed: int = 0,
+) -> Iterator[Row | Refused]:  # fmt: skip
+    """Quadruplets without a tagged corpus: the teacher's sentence, and the same with a made sound between two phrases.
+
+    The sounds are those of `paralinguistic_sounds`, one kind after the other.
+    """
+    for number in range(count):
+        rng = np.random.default_rng((seed, number))
+        sentence = sentences[int(rng.integers(len(sentences)))]
+        speaker, tag = str(rng.choice(list(speakers[sentence.language]))), sounds.TAGS[number % len(sounds.TAGS)]
+
+        def make(number: int = number, sentence: Sentence = sentence, speaker: str = speaker, tag: str = tag,
+                 rng: np.random.Generator = rng) -> Row:  # fmt: skip
+            language = sentence.language
+            words = list(sentence.text) if language == "zh" else sentence.text.split()
+            if len(words) < 2:
+                raise UserError("one word leaves no place for a sound", code="bad_row")
+            at = int(rng.integers(1, len(words)))
+            say: sounds.Say = lambda text: teacher.say(text, language, speaker, "neutral")  # noqa: E731
+            spoken = sounds.with_sound(words, tag, at, language, say, rng)
+            tagged = sounds.tagged_text(words, tag, at, language)
+            return Row(
+                id=f"sound-{seed}-{number:06d}", edit=Edit(type="paralinguistic", target_text=tagged),
+                source=side(sentence.text, say(sentence.text), tokenize), target=side(tagged, spoken, tokenize),
+                speaker=speaker, language=language, licence=teacher.licence, origin=f"{teacher.name}+made-sounds",
+            )  # fmt: skip
+
+        yield _guarded(number + 1, f"sound-{seed}-{number:06d}", make)
 
 
 def without_tags(text: str) -> str:

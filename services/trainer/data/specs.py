@@ -25,7 +25,7 @@ from services.trainer.evaluate.runner import at_16k
 from shared.audio.io import Waveform, read_audio
 from shared.errors import EditxError, UserError
 
-Kind = Literal["rows", "tts", "triplets", "paralinguistic", "simple", "preferences"]
+Kind = Literal["rows", "tts", "triplets", "paralinguistic", "sounds", "simple", "preferences"]
 
 
 class Spec(BaseModel):
@@ -90,6 +90,8 @@ def _rows(
         raise UserError(f"The description names no speakers for {', '.join(sorted(missing))}.", code="invalid_dataset")
     if spec.kind == "tts":
         return build.zero_shot(teacher(), sentences, spec.speakers, tokenize(), count=spec.count, seed=spec.seed)
+    if spec.kind == "sounds":
+        return build.made_sounds(teacher(), sentences, spec.speakers, tokenize(), count=spec.count, seed=spec.seed)
     margin = _margin(MarginScorer.load(folder / spec.margin_scorer)) if spec.margin_scorer else None
     return build.triplets(teacher(), sentences, spec.speakers, tokenize(), margin, count=spec.count, seed=spec.seed)
 
