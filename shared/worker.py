@@ -32,6 +32,7 @@ from shared.steps import Handler
 from shared.store.port import ArtifactStore
 
 log = logging.getLogger(__name__)
+COMMIT_EVERY_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class _Reader:
         self.tasks: list[_Task] = []
         self._flights: dict[Partition, deque[list[int]]] = {}  # [offset, done?] in order of arrival
         self._paused = False
+        self._committed_at = 0.0
         self.subscription: Subscription = bus.subscribe(
             [topic], group, on_assigned=self._assigned, on_revoked=self._revoked
         )
@@ -96,8 +98,14 @@ class _Reader:
             if flight[0] == delivery.offset:
                 flight[1] = 1
 
-    def commit(self) -> None:
-        """Commit what is done. A refusal is no loss: the messages come again and are found done."""
+    def commit(self, *, at_once: bool) -> None:
+        """Commit what is done, a few times a second.
+
+        A refusal is no loss: the messages come again and are found done.
+        """
+        if not at_once and time.monotonic() - self._committed_at < COMMIT_EVERY_S:
+            return
+        self._committed_at = time.monotonic()
         positions: dict[Partition, int] = {}
         for partition, flights in self._flights.items():
             while flights and flights[0][1]:
@@ -112,14 +120,14 @@ class _Reader:
                 for partition, offset in positions.items():
                     self._flights.setdefault(partition, deque()).appendleft([offset - 1, 1])
 
-    def poll(self, timeout_s: float, *, paused: bool) -> list[Delivery]:
-        """New messages; a paused poll only keeps the membership."""
+    def poll(self, timeout_s: float, count: int, *, paused: bool) -> list[Delivery]:
+        """At most `count` new messages; a paused poll only keeps the membership."""
         self._paused = paused
         if paused:
             self.subscription.pause(self.subscription.assignment())
         else:
             self.subscription.resume(self.subscription.assignment())
-        return self.subscription.poll(timeout_s, max_records=1)
+        return self.subscription.poll(timeout_s, max_records=max(count, 1))
 
     def _assigned(self, partitions: frozenset[Partition]) -> None:
         if self._paused:
@@ -196,6 +204,10 @@ class Worker:
         """How many steps run now."""
         return sum(task.thread is not None for task in self._tasks)
 
+    @property
+    def _free(self) -> int:
+        return self._settings.slots - self.running
+
     def _is_drained(self) -> bool:
         if not self._stopping.is_set():
             return False
@@ -225,7 +237,7 @@ class Worker:
         for task in [task for task in self._tasks if task.is_lost and task.thread is None]:
             self._forget(task)
         for reader in self._readers:
-            reader.commit()
+            reader.commit(at_once=self._stopping.is_set())
 
     def _tell_alive(self) -> None:
         now = time.monotonic()
@@ -285,10 +297,10 @@ class Worker:
         for reader in self._readers:
             is_full = self.running >= self._settings.slots or len(self._tasks) >= self._settings.waiting_max
             paused = self._stopping.is_set() or is_full
-            self._take(reader, reader.poll(0.0, paused=paused))
+            self._take(reader, reader.poll(0.0, self._free, paused=paused))
         if self.running < self._settings.slots and not self._stopping.is_set():
             is_full = len(self._tasks) >= self._settings.waiting_max
-            self._take(self._readers[0], self._readers[0].poll(poll_s, paused=is_full))
+            self._take(self._readers[0], self._readers[0].poll(poll_s, self._free, paused=is_full))
         else:
             self._ended.wait(poll_s)
 

@@ -8,9 +8,7 @@ made beforehand (`create_topics`), never by publishing.
 from __future__ import annotations
 
 import logging
-import random
 import threading
-import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +19,10 @@ from kafka.admin import KafkaAdminClient
 from kafka.consumer.subscription_state import ConsumerRebalanceListener
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.errors import CommitFailedError, IllegalStateError, KafkaError, TopicAlreadyExistsError
+from kafka.protocol.admin import DescribeGroupsRequest
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
+from shared.bus.leadership import LeaderWatch
 from shared.bus.port import BusUnavailable, CommitRefused, Delivery, Headers, Moved, Partition
 from shared.errors import UserError
 from shared.topology import broker_group
@@ -30,8 +30,6 @@ from shared.topology import broker_group
 log = logging.getLogger(__name__)
 RECORD_BYTES_MAX = 1_000_000
 JOIN_WAIT_S = 0.5
-JOIN_PATIENCE_S = 10.0
-JOIN_HOLD_MAX_S = 5.0
 POSITION_WAIT_S = 0.05
 
 
@@ -148,12 +146,7 @@ class KafkaBus:
         if self._closed:
             raise BusUnavailable("The bus is closed.")
         try:
-            return KafkaAdminClient(
-                bootstrap_servers=self._servers,
-                request_timeout_ms=self._settings.request_timeout_ms,
-                bootstrap_timeout_ms=self._settings.request_timeout_ms,
-                security_protocol=self._settings.security_protocol,
-            )
+            return _admin(self._servers, self._settings)
         except KafkaError as error:
             raise _unavailable(self._servers, error) from error
 
@@ -193,8 +186,6 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]
         self._on_revoked = on_revoked
         self._assigned: frozenset[Partition] = frozenset()
         self._closed = False
-        self._joining_since: float | None = None
-        self._hold_until = 0.0
         try:
             self._consumer = KafkaConsumer(
                 bootstrap_servers=servers,
@@ -216,15 +207,15 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]
             self._consumer.subscribe(list(topics), listener=self)
         except KafkaError as error:
             raise _unavailable(servers, error) from error
+        self._group = broker_group(group, topics)
+        self._leadership = LeaderWatch(self._consumer._coordinator, self._members, settings.session_timeout_ms / 1000)
 
     def poll(self, timeout_s: float, max_records: int = 1) -> list[Delivery]:
-        if (hold_s := self._hold_s()) > 0.0:
-            time.sleep(min(hold_s, max(timeout_s, JOIN_WAIT_S)))
-            return []
         self._free_parked_records()
         wait_s = max(timeout_s, self._least_wait_s())
         try:
             batches = self._consumer.poll(timeout_ms=int(wait_s * 1000), max_records=max_records)
+            self._leadership.check()
         except (KafkaError, OSError) as error:
             log.warning("a poll of %s failed: %s", ", ".join(self._servers), error)
             return []
@@ -276,21 +267,23 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]
         """Called instead of the above when the membership itself was lost."""
         self.on_partitions_revoked(lost)
 
-    def _hold_s(self) -> float:
-        """How long not to try to join, for members that keep missing each other's rebalance.
+    def _members(self) -> frozenset[str]:
+        """The ids of the group's members, asked on a connection of its own: the consumer's waits in its rebalance.
 
-        A broker that does not wait for all members can have two of them join in turn forever; a random pause of one
-        brings them together.
+        The admin's `describe_groups` cannot read Tansu's answer with access rights in it, so they are not asked for.
         """
-        now = time.monotonic()
-        if not self._consumer._coordinator.need_rejoin():
-            self._joining_since = None
-        elif self._joining_since is None:
-            self._joining_since = now
-        elif now - self._joining_since > JOIN_PATIENCE_S:
-            self._joining_since = now
-            self._hold_until = now + random.uniform(0.0, JOIN_HOLD_MAX_S)
-        return self._hold_until - now
+        admin = _admin(self._servers, self._settings)
+
+        async def describe() -> Any:
+            coordinators = await admin._find_coordinator_ids([self._group])
+            request = DescribeGroupsRequest(groups=[self._group], max_version=2)
+            return await admin._manager.send(request, node_id=coordinators[self._group])
+
+        try:
+            groups = admin._manager.run(describe).groups
+        finally:
+            admin.close()
+        return frozenset(member.member_id for group in groups for member in group.members)
 
     def _least_wait_s(self) -> float:
         """How long a poll must last for the client to get anywhere: joining starts afresh with every poll."""
@@ -315,6 +308,15 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]
                 change(*wanted)
         except (IllegalStateError, KeyError) as error:
             log.warning("the assignment changed meanwhile: %s", error)
+
+
+def _admin(servers: list[str], settings: KafkaSettings) -> KafkaAdminClient:
+    return KafkaAdminClient(
+        bootstrap_servers=servers,
+        request_timeout_ms=settings.request_timeout_ms,
+        bootstrap_timeout_ms=settings.request_timeout_ms,
+        security_protocol=settings.security_protocol,
+    )
 
 
 def _delivery(record: Any) -> Delivery:
