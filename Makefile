@@ -53,7 +53,6 @@ down: $(READY)  ## stop it
 	$(VENV)/bin/editx stack down
 
 chaos: $(READY) $(SERVERS)  ## faults under load, then check that nothing was lost: ROUNDS=5
-	$(PYTHON) -m pytest -m chaos tests/stack
 	$(PYTHON) -m editx.stack.chaos --rounds $(ROUNDS)
 
 nano: $(READY)  ## train the bundled checkpoint again

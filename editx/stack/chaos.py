@@ -136,12 +136,12 @@ def faults(stack: Stack, servers: bool) -> list[tuple[str, Callable[[], None]]]:
 
 
 def run(folder: Path, *, rounds: int, port: int, every_s: float = 0.1, servers: bool = True, seed: int = 0,
-        between_s: float = 1.0, patience_s: float = 120.0) -> Report:  # fmt: skip
+        between_s: float = 1.0, patience_s: float = 120.0, workers: int = 2) -> Report:  # fmt: skip
     """Start a stack, torment it for `rounds` rounds of all faults, and check what is left."""
     random.seed(seed)
     services = ("tokenizer", "llm", "decoder")
     options = Options(
-        port=port, inference="null", services=services, workers=2, slots=2, gateway=False, lease_s=LEASE_S,
+        port=port, inference="null", services=services, workers=workers, slots=2, gateway=False, lease_s=LEASE_S,
         settings={"EDITX_NULL_S": "0.05", "EDITX_SWEEP_EVERY_S": "2"},
     )  # fmt: skip
     stack, report = Stack(folder, options), Report()
@@ -254,10 +254,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Faults under load against a local stack of null models.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2, help="of each service")
     parser.add_argument("--port", type=int, default=18_200)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="editx-chaos-") as folder:
-        report = run(Path(folder), rounds=arguments.rounds, port=arguments.port, seed=arguments.seed)
+        report = run(
+            Path(folder), rounds=arguments.rounds, port=arguments.port, seed=arguments.seed, workers=arguments.workers
+        )
     sys.stdout.write(f"{arguments.rounds} rounds, seed {arguments.seed}\n{report}\n")
     return 1 if report.findings else 0
 

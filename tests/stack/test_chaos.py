@@ -5,11 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pytest
-
 from editx.stack import chaos
-
-pytestmark = pytest.mark.chaos
 
 
 def test_nothing_accepted_is_lost_while_workers_die_and_stall(tmp_path: Path) -> None:
