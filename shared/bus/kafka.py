@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from kafka import KafkaConsumer, KafkaProducer
-from kafka.admin import KafkaAdminClient
+from kafka.admin import KafkaAdminClient, OffsetSpec
 from kafka.consumer.subscription_state import ConsumerRebalanceListener
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.errors import CommitFailedError, IllegalStateError, KafkaError, TopicAlreadyExistsError
@@ -66,6 +67,8 @@ class KafkaBus:
         self._settings = settings or KafkaSettings()
         self._lock = threading.Lock()
         self._producer: KafkaProducer | None = None
+        self._admin: KafkaAdminClient | None = None
+        self._admin_lock = threading.Lock()
         self._subscriptions: list[KafkaSubscription] = []
         self._closed = False
 
@@ -92,8 +95,7 @@ class KafkaBus:
         self, partitions: Mapping[str, int], *, replication: int = 1, configs: Mapping[str, str] | None = None
     ) -> None:
         """Make the topics that are missing, each with its number of partitions. Raises BusUnavailable."""
-        admin = self._admin()
-        try:
+        with self._administering() as admin:
             missing = partitions.keys() - set(admin.list_topics())
             for topic in sorted(missing):
                 facts = {"num_partitions": partitions[topic], "replication_factor": replication}
@@ -101,37 +103,21 @@ class KafkaBus:
                     admin.create_topics({topic: {**facts, "configs": dict(configs or {})}})
                 except TopicAlreadyExistsError:
                     log.info("the topic %s was made by somebody else", topic)
-        except KafkaError as error:
-            raise _unavailable(self._servers, error) from error
-        finally:
-            admin.close()
 
     def backlog(self, topic: str, group: str) -> int:
         """Records of a topic that a group has not committed: its lag. Raises BusUnavailable."""
-        consumer = KafkaConsumer(
-            bootstrap_servers=self._servers,
-            group_id=broker_group(group, [topic]),
-            enable_auto_commit=False,
-            request_timeout_ms=self._settings.request_timeout_ms,
-        )
-        try:
-            numbers = consumer.partitions_for_topic(topic) or ()
-            parts = [TopicPartition(topic, number) for number in numbers]
-            ends, begins = consumer.end_offsets(parts), consumer.beginning_offsets(parts)
-            return sum(ends[part] - (consumer.committed(part) or begins[part]) for part in parts)
-        except KafkaError as error:
-            raise _unavailable(self._servers, error) from error
-        finally:
-            consumer.close(autocommit=False)
+        reader = broker_group(group, [topic])
+        with self._administering() as admin:
+            [described] = admin.describe_topics([topic])
+            parts = [TopicPartition(topic, part["partition_index"]) for part in described["partitions"]]
+            ends = admin.list_partition_offsets(dict.fromkeys(parts, OffsetSpec.LATEST))
+            begins = admin.list_partition_offsets(dict.fromkeys(parts, OffsetSpec.EARLIEST))
+            committed = admin.list_group_offsets({reader: parts})[reader]
+        return sum(ends[part].offset - max(committed[part].offset, begins[part].offset) for part in parts)
 
     def ping(self) -> None:
-        admin = self._admin()
-        try:
+        with self._administering() as admin:
             admin.list_topics()
-        except KafkaError as error:
-            raise _unavailable(self._servers, error) from error
-        finally:
-            admin.close()
 
     def close(self) -> None:
         with self._lock:
@@ -141,14 +127,31 @@ class KafkaBus:
             subscription.close()
         if producer is not None:
             producer.close(timeout=self._settings.commit_timeout_ms / 1000)
+        self._drop(self._admin)
 
-    def _admin(self) -> KafkaAdminClient:
-        if self._closed:
-            raise BusUnavailable("The bus is closed.")
+    @contextmanager
+    def _administering(self) -> Iterator[KafkaAdminClient]:
+        """The bus's one admin client, which threads may share; made anew after it failed."""
+        admin = None
         try:
-            return _admin(self._servers, self._settings)
+            with self._admin_lock:
+                if self._closed:
+                    raise BusUnavailable("The bus is closed.")
+                if self._admin is None:
+                    self._admin = _admin(self._servers, self._settings)
+                admin = self._admin
+            yield admin
         except KafkaError as error:
+            self._drop(admin)
             raise _unavailable(self._servers, error) from error
+
+    def _drop(self, admin: KafkaAdminClient | None) -> None:
+        """Close an admin client; the next call makes another."""
+        with self._admin_lock:
+            if admin is not None and self._admin is admin:
+                self._admin = None
+        if admin is not None:
+            admin.close()
 
     def _make_producer(self) -> KafkaProducer:
         with self._lock:
