@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from services.gateway.access import Admission, Keys, Listeners
 from services.gateway.backend import Backend
 from services.gateway.metrics import Metrics
+from services.gateway.metrics_reader import MetricsReader
 from services.gateway.recordings import UPLOADS, Recordings
 from services.gateway.settings import GatewaySettings
 from services.gateway.threads import blocking
@@ -29,6 +30,7 @@ class Gateway:
     backend: Backend
     settings: GatewaySettings
     metrics: Metrics
+    metrics_reader: MetricsReader
     keys: Keys
     admission: Admission
     voices: Voices
@@ -47,6 +49,7 @@ class Gateway:
             backend=backend,
             settings=settings,
             metrics=metrics,
+            metrics_reader=MetricsReader(backend.bus, metrics),
             keys=keys,
             admission=Admission(backend, settings, metrics),
             voices=voices,
