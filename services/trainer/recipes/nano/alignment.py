@@ -69,7 +69,9 @@ def source_times(times: np.ndarray, target: dict[str, Any], source: dict[str, An
     """When the source says what the target says at the times; None where their phonemes differ."""
     if target["phonemes"] != source["phonemes"]:
         return None
-    return np.interp(times, np.concatenate([[0.0], boundaries(target)]), np.concatenate([[0.0], boundaries(source)]))
+    here, there = (np.concatenate([[0.0], boundaries(row)]) for row in (target, source))
+    found: np.ndarray = np.interp(times, here, there)
+    return found
 
 
 def times_with_pauses(times: np.ndarray, pauses: list[tuple[float, float]]) -> np.ndarray:
@@ -98,5 +100,5 @@ class TextPlaces:
         at = "".join(surfaces).rfind(text.replace(" ", "▁"))
         if at < 0:
             return None
-        places: np.ndarray = np.asarray(np.searchsorted(starts, np.arange(at, at + len(text)), side="right") - 1)
+        places: np.ndarray = np.searchsorted(starts, np.arange(at, at + len(text)), side="right") - 1
         return places

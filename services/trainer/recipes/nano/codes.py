@@ -1,9 +1,9 @@
 """Codes and speaker vectors of every corpus row, by the trained tokenizers. `python -m
 services.trainer.recipes.nano.codes`.
 
-Untrimmed, so that codes and mel stay aligned for the flow. Every row also gives the codes of itself in noise and of
-itself with pauses put between its words: what denoise and vad edits start from. One file a shard; shards that have
-one are left.
+Untrimmed, so that codes and mel stay aligned for the flow. Every third row also gives the codes of itself in noise
+and of itself with pauses put between its words: what denoise and vad edits start from. One file a shard; shards that
+have one are left, and several processes share the work by `--part k/n`.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Tokenizers:
 
 
 VARIANTS = ("clean", "noisy", "paused")
+VARIED_EVERY = 3
 
 
 Pauses = list[tuple[float, float]]
@@ -161,21 +162,23 @@ class Coded:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", default="0/1", help="this process and how many there are")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    part, parts = (int(x) for x in arguments.part.split("/"))
     folder, features = assets.data_dir() / "codes", assets.data_dir() / "features"
     folder.mkdir(parents=True, exist_ok=True)
     tokenizers, store = Tokenizers(pick_device()), Store(keep="all")
     position = {row["index"]: i for i, row in enumerate(store.rows)}
-    for shard in sorted(features.glob("shard-?????")):
+    for shard in sorted(features.glob("shard-?????"))[part::parts]:
         target = folder / f"{shard.name}.npz"
         if not target.exists():
             items = []
             for row in json.loads((shard / "index.json").read_text()):
                 audio = np.asarray(soxr.resample(store.audio(position[row["index"]]), 24_000, 16_000), np.float32)
                 kept = {key: value for key, value in row.items() if key != "spans"}
-                item = coded(kept, audio, tokenizers, row["index"], varied=True)
+                item = coded(kept, audio, tokenizers, row["index"], row["index"] % VARIED_EVERY == 0)
                 items.append(item | {"speaker": tokenizers.voice(audio)})
             save_items(items, target)
             print(f"{target.name}: {len(items)} rows", flush=True)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from hibari import Hibari, dsp
 
 from services.trainer.recipes.nano.teacher import Manner
 
@@ -88,7 +87,9 @@ class SourceFilter:
     """
 
     def __init__(self, graph: Path, threads: int = 1) -> None:
-        self._hibari = Hibari()
+        from hibari import Hibari, dsp
+
+        self._hibari, self._synthesise = Hibari(), dsp.synth
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = threads
         options.log_severity_level = 3
@@ -115,7 +116,7 @@ class SourceFilter:
             found = dict(zip(self._outputs, self._session.run(None, inputs), strict=True))
             spectrum = {name: found[name][0] for name in ("lh", "theta", "ln", "lr", "phi", "f0")}
             moved = move(spectrum, speaker, manner)
-            audio.append(dsp.synth(*(moved[name] for name in ("lh", "theta", "ln", "lr", "phi", "f0")), rng))
+            audio.append(self._synthesise(*(moved[name] for name in ("lh", "theta", "ln", "lr", "phi", "f0")), rng))
             pitch.append(np.where(moved["f0"] > 40.0, moved["f0"], 0.0))
             lengths = found[DURATIONS].reshape(-1).astype(int).tolist()
             if number:  # the pause between two sentences: the end of one and the start of the next
