@@ -144,7 +144,7 @@ def test_a_speaker_moves_pitch_and_leaves_silence_unvoiced() -> None:
     after = move(before, Speaker(f0=0.6), MANNERS["neutral"])
     assert (after["f0"][:5] == 0).all()
     assert np.median(after["f0"][5:]) == pytest.approx(0.6 * np.median(before["f0"][5:]), rel=0.02)
-    assert np.allclose(after["lh"], before["lh"], atol=1e-5)
+    assert np.allclose(after["lh"][:-1], before["lh"][:-1], atol=1e-5)
 
 
 def test_a_cheap_whisper_has_no_pitch_and_keeps_the_envelope_as_noise() -> None:
