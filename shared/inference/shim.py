@@ -135,8 +135,10 @@ class _Call:
             return pb.InferenceResponse(error=pb.TritonError(pack_error(answer)))
         tensors = []
         for name, array in answer.items():
-            ready = torch.from_numpy(np.array(np.atleast_1d(array), dtype=self._owner.outputs[name], order="C"))
-            tensors.append(pb.Tensor.from_dlpack(name, ready[None] if self._owner.is_batched else ready))
+            ready = np.array(np.atleast_1d(array), dtype=self._owner.outputs[name], order="C")
+            tensor = torch.from_numpy(ready[None] if self._owner.is_batched else ready)
+            # numpy gives an empty array strides of 0, which the server does not take for contiguous.
+            tensors.append(pb.Tensor.from_dlpack(name, tensor.clone(memory_format=torch.contiguous_format)))
         return pb.InferenceResponse(output_tensors=tensors)
 
     def send(self, answer: Tensors | Exception) -> None:

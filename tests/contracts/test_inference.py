@@ -80,6 +80,11 @@ def test_a_stream_hands_out_pieces_in_order(inference: Inference) -> None:
     assert pieces == [[2.0], [4.0], [6.0]]
 
 
+def test_a_piece_may_be_empty(inference: Inference) -> None:
+    pieces = [piece["y"].tolist() for piece in inference.stream("doubler", {"x": X}, parameters={"end": True})]
+    assert pieces == [[2.0], [4.0], [6.0], []]
+
+
 def test_an_unknown_model_is_refused(inference: Inference) -> None:
     assert not inference.ready("nobody")
     with pytest.raises(UnknownModel):

@@ -126,6 +126,15 @@ def test_an_edit_over_http_comes_back_as_audio(stack: Stack, recording: bytes) -
         assert job["status"] == "done", job
 
 
+def test_speech_streams_to_its_end(stack: Stack, recording: bytes) -> None:
+    body = {"input": "you know", "reference_audio": base64.b64encode(recording).decode(), "reference_text": "you know",
+            "response_format": "pcm", "seed": 3, "steps": 2}  # fmt: skip
+    with httpx.Client(base_url=stack.urls["EDITX_PUBLIC_URL"], timeout=PATIENCE_S) as http:
+        answer = http.post("/v1/audio/speech", json=body)  # raises where the answer breaks off
+    assert answer.status_code == 200, answer.text
+    assert len(answer.content) > 2 * 2_400
+
+
 def test_the_models_give_the_same_numbers_behind_triton_and_in_process(stack: Stack, tiny: Path) -> None:
     samples, rate = sf.read(Path(__file__).parents[1] / "data/audio/whisper_prompt.wav", dtype="float32")
     audio, parameters = samples[: 2 * rate], {"sample_rate_hz": rate}
