@@ -200,6 +200,10 @@ class Stack:
             self._stop(name)
         self.start(name)
 
+    def pids(self) -> dict[str, int]:
+        """The process id of everything that runs, by name."""
+        return {name: running.pid for name, running in self._running.items() if running.is_alive}
+
     def status(self) -> dict[str, str]:
         """Every process: "running", "not answering" or "stopped"."""
         return {name: self._state_of(name) for name in dict.fromkeys([*self.names(), *self._running])}
