@@ -26,7 +26,7 @@ from shared.models.spectral import SpectralConfig, SpectralVocoder
 from shared.models.step1 import Step1
 from shared.prompts import TextTokenizer
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 MEL = {
     "num_mels": 80,
     "n_fft": 1920,
