@@ -127,8 +127,15 @@ def test_an_edit_over_http_comes_back_as_audio(stack: Stack, recording: bytes) -
 
 
 def test_speech_streams_to_its_end(stack: Stack, recording: bytes) -> None:
-    body = {"input": "you know", "reference_audio": base64.b64encode(recording).decode(), "reference_text": "you know",
-            "response_format": "pcm", "seed": 3, "steps": 2}  # fmt: skip
+    body = {
+        "model": "editx",
+        "input": "you know",
+        "reference_audio": base64.b64encode(recording).decode(),
+        "reference_text": "you know",
+        "response_format": "pcm",
+        "seed": 3,
+        "steps": 2,
+    }
     with httpx.Client(base_url=stack.urls["EDITX_PUBLIC_URL"], timeout=PATIENCE_S) as http:
         answer = http.post("/v1/audio/speech", json=body)  # raises where the answer breaks off
     assert answer.status_code == 200, answer.text
