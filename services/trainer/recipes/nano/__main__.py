@@ -36,7 +36,7 @@ def plan(hours: float, minutes: float | None, target: Path) -> list[tuple[str, S
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--hours", type=float, default=4.0, help="of the teacher's speech, and as many of the cheap teacher's")
+    parser.add_argument("--hours", type=float, default=4.0, help="of the teacher's speech, and as many of cheap speech")
     parser.add_argument("--minutes", type=float, help="bound of each training step")
     parser.add_argument("--target", type=Path, default=ROOT / "models" / "nano")
     parser.add_argument("--only", help="one step, by name")
