@@ -56,6 +56,11 @@ def call(client: httpx.Client, text: str, seed: int) -> Call:
     return Call(first_s, size / BYTES_PER_S)
 
 
+def at(ordered: Sequence[float], share: float) -> float:
+    """The value below which `share` of the values lie."""
+    return ordered[min(int(len(ordered) * share), len(ordered) - 1)]
+
+
 def at_once(url: str, concurrency: int, seconds: float) -> tuple[list[Call], float]:
     """Calls by `concurrency` clients, each several in a row but none begun after `seconds`; and what all took."""
     found: list[Call] = []
@@ -93,7 +98,7 @@ def speech(concurrencies: Sequence[int], seconds: float, port: int) -> None:
                 first = sorted(one.first_audio_s for one in found)
                 print(
                     f"{concurrency:>13} {len(found):>9} {sum(one.audio_s for one in found) / took_s:>11.2f}"
-                    f" {statistics.median(first):>19.2f} {first[min(int(len(first) * 0.99), len(first) - 1)]:>7.2f}",
+                    f" {statistics.median(first):>19.2f} {at(first, 0.99):>7.2f}",
                     flush=True,
                 )
         finally:

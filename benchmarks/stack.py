@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.speech import speech
+from benchmarks.speech import at, speech
 from editx.stack.null import factories, handlers
 from editx.stack.stack import ORDER, Options, Stack
 from shared.audio.io import Waveform, write_audio
@@ -164,11 +164,6 @@ def measure(name: str, driver: Driver, workers: int, jobs: int, seconds: float) 
         f" {rate:>8.1f} {statistics.median(busy) * 1e3:>9.0f} {at(busy, 0.99) * 1e3:>9.0f}",
         flush=True,
     )
-
-
-def at(ordered: list[float], share: float) -> float:
-    """The value below which `share` of the values lie."""
-    return ordered[min(int(len(ordered) * share), len(ordered) - 1)]
 
 
 def resident_mib(stack: Stack) -> dict[str, float]:

@@ -27,7 +27,7 @@ import soundfile
 import torch
 
 from services.trainer.recipes.nano import assets
-from services.trainer.recipes.nano.features import Store
+from services.trainer.recipes.nano.features import Store, save_pitch
 from services.trainer.recipes.nano.whisper import ENCODER_FILE, read_ctranslate2
 
 PARTS = {
@@ -103,8 +103,7 @@ def _add_audio(out: tarfile.TarFile, megabytes: float) -> None:
     manifest = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     _add(out, "corpus/manifest-0-of-1.jsonl", manifest.encode())
     data = io.BytesIO()
-    index, lengths = np.array([row["index"] for row in rows]), np.array([len(p) for p in pitch])
-    np.savez(data, allow_pickle=False, index=index, lengths=lengths, f0=np.concatenate(pitch))
+    save_pitch(data, [row["index"] for row in rows], pitch)
     _add(out, "corpus/f0.npz", data.getvalue())
 
 

@@ -12,10 +12,10 @@ import argparse
 import json
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -102,6 +102,13 @@ def corpus_rows(folder: Path) -> Iterator[dict[str, Any]]:
     """All rendered rows, by index."""
     rows = [json.loads(line) for file in folder.glob("manifest-*.jsonl") for line in file.read_text().splitlines()]
     yield from sorted(rows, key=lambda row: row["index"])
+
+
+def save_pitch(target: Path | BinaryIO, index: Sequence[object], pitch: Sequence[np.ndarray]) -> None:
+    """Write F0 of rows by index, Hz at 100 Hz with 0 for unvoiced, in the form that `known_pitch` reads."""
+    lengths = np.array([len(f0) for f0 in pitch])
+    f0 = np.concatenate(pitch).astype(np.float16)
+    np.savez(target, allow_pickle=False, index=np.array(index), lengths=lengths, f0=f0)
 
 
 def known_pitch(corpus: Path) -> dict[int, np.ndarray]:

@@ -17,7 +17,7 @@ import torch
 from services.trainer.recipes.nano import assets, volume
 from services.trainer.recipes.nano.codes import VARIED_EVERY, Item, Tokenizers, coded, load_items, save_items
 from services.trainer.recipes.nano.run import pick_device
-from services.trainer.recipes.nano.source_filter import SAMPLE_RATE_HZ
+from services.trainer.recipes.nano.teacher import SAMPLE_RATE_HZ
 
 FIRST_SENTENCE = 1_000_000
 SENTENCES_PER_SHARD = 150

@@ -17,7 +17,6 @@ import onnxruntime
 
 from services.trainer.recipes.nano.teacher import Manner
 
-SAMPLE_RATE_HZ = 24_000
 FRAME_S = 0.0125
 DURATIONS = "/Clip_output_0"
 LOWEST_HZ = 55.0

@@ -15,7 +15,9 @@ import numpy as np
 import soundfile
 
 from services.trainer.recipes.nano import assets, teacher, texts
-from services.trainer.recipes.nano.source_filter import FRAME_S, SAMPLE_RATE_HZ, Reading, SourceFilter, Speaker
+from services.trainer.recipes.nano.features import save_pitch
+from services.trainer.recipes.nano.source_filter import FRAME_S, Reading, SourceFilter, Speaker
+from services.trainer.recipes.nano.teacher import SAMPLE_RATE_HZ
 
 SEED = 20251104
 SPEAKERS = 600
@@ -104,12 +106,7 @@ def main() -> None:
                 pitch.append(made.f0[at])
         index += len(records)
         if not manifest.exists():
-            lengths = np.array([len(f0) for f0 in pitch])
-            indices = np.array([record["index"] for record in records])
-            np.savez(
-                manifest.with_suffix(".npz"), allow_pickle=False, index=indices, lengths=lengths,
-                f0=np.concatenate(pitch).astype(np.float16),
-            )  # fmt: skip
+            save_pitch(manifest.with_suffix(".npz"), [record["index"] for record in records], pitch)
             partial = manifest.with_suffix(".partial")
             partial.write_text("".join(json.dumps(record) + "\n" for record in records))
             partial.rename(manifest)
