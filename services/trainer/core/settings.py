@@ -84,7 +84,7 @@ def add_lora(model: Step1, rank: int, alpha: int) -> None:
         import peft
     except ModuleNotFoundError as error:
         raise MissingComponent(
-            "The package peft", "LoRA needs it", "pip install peft, or set lora_rank to 0."
+            "The package peft", "LoRA needs it", "pip install peft (or editx[train]), or set lora_rank to 0."
         ) from error
     settings = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(LORA_TARGETS), lora_dropout=0.0)
     peft.inject_adapter_in_model(settings, model)
