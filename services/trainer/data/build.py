@@ -182,12 +182,13 @@ def made_sounds(
             if len(words) < 2:
                 raise UserError("one word leaves no place for a sound", code="bad_row")
             at = int(rng.integers(1, len(words)))
-            say: sounds.Say = lambda text: teacher.say(text, language, speaker, "neutral")  # noqa: E731
+            say: sounds.Say = lambda text, manner: teacher.say(text, language, speaker, manner)  # noqa: E731
             spoken = sounds.with_sound(words, tag, at, language, say, rng)
             tagged = sounds.tagged_text(words, tag, at, language)
             return Row(
                 id=f"sound-{seed}-{number:06d}", edit=Edit(type="paralinguistic", target_text=tagged),
-                source=side(sentence.text, say(sentence.text), tokenize), target=side(tagged, spoken, tokenize),
+                source=side(sentence.text, say(sentence.text, "neutral"), tokenize),
+                target=side(tagged, spoken, tokenize),
                 speaker=speaker, language=language, licence=teacher.licence, origin=f"{teacher.name}+made-sounds",
             )  # fmt: skip
 

@@ -1,9 +1,10 @@
-"""Breaths, sighs and hesitations made without recordings, put into speech: quadruplets where no tagged corpus is near.
+"""Breaths, sighs, hesitations and laughs made without recordings of people, put into speech: quadruplets where no
+tagged corpus is near.
 
 A breath and a sigh are noise through the resonances of an open mouth, with the loudness of air that is drawn in or let
-go; they are stand-ins that carry a tag's place and kind, not recordings of people. "Uhm" is the teacher's own voice,
-reading the syllable as a phrase. Laughter, coughs and cries are voiced gestures that shaped noise does not give, so
-there are none. Everything follows from a seed and is free of licences. Knows nothing about rows or codes.
+go. "Uhm" and laughter are the teacher's own voice reading syllables: a laugh is "ha ha ha ha", excited, hurried and
+dying away. All are stand-ins that carry a tag's place and kind. Coughs and cries are gestures that neither noise nor
+reading gives, so there are none. Everything follows from a seed. Knows nothing about rows or codes.
 """
 
 from __future__ import annotations
@@ -14,15 +15,21 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from services.trainer.data.degrade import change_tempo
 from shared.audio.io import Waveform
 from shared.errors import UserError
 
 Audio = npt.NDArray[np.float32]
-Say = Callable[[str], Waveform]
-"""A text in the speaker's voice, neutral."""
+Say = Callable[[str, str], Waveform]
+"""A text in the speaker's voice and a manner."""
 
-TAGS = ("Breathing", "Sigh", "Uhm")
-HESITATION = {"en": "um", "zh": "嗯"}
+TAGS = ("Breathing", "Sigh", "Uhm", "Laughter")
+SYLLABLES: Mapping[str, Mapping[str, str]] = {
+    "Uhm": {"en": "um", "zh": "嗯"},
+    "Laughter": {"en": "Ha ha ha ha ha.", "zh": "哈哈哈哈哈"},
+}
+READ_AS = {"Uhm": "neutral", "Laughter": "emotion/excited"}
+LAUGH_TEMPO, LAUGH_FADE_DB = 1.4, -14.0
 PAUSE_S = 0.08
 LEVEL_DB = {"Breathing": -20.0, "Sigh": -16.0}
 """Loudness of a sound under that of the speech around it."""
@@ -64,17 +71,19 @@ def breath_sound(tag: str, rate_hz: int, rng: np.random.Generator) -> Audio:
 def with_sound(words: Sequence[str], tag: str, at: int, language: str, say: Say, rng: np.random.Generator) -> Waveform:
     """The words said with the tag's sound before word `at` (1 to len - 1): two phrases, the sound between them.
 
-    Raises UserError for a place at an edge, an unknown tag, or a language without a hesitation.
+    Raises UserError for a place at an edge, an unknown tag, or a language without its syllables.
     """
     if not 1 <= at < len(words):
         raise UserError(f"A sound goes between words: {at} is no place in {len(words)} words.", code="bad_row")
     joiner = "" if language == "zh" else " "
-    before, after = (say(joiner.join(part)) for part in (words[:at], words[at:]))
+    before, after = (say(joiner.join(part), "neutral") for part in (words[:at], words[at:]))
     rate = before.sample_rate_hz
-    if tag == "Uhm":
-        if language not in HESITATION:
-            raise UserError(f"There is no hesitation for the language {language!r}.", code="bad_row")
-        between = _trimmed(say(HESITATION[language]).samples)
+    if tag in SYLLABLES:
+        if language not in SYLLABLES[tag]:
+            raise UserError(f"There is no [{tag}] for the language {language!r}.", code="bad_row")
+        between = _trimmed(say(SYLLABLES[tag][language], READ_AS[tag]).samples)
+        if tag == "Laughter":
+            between = _laughed(between, rate)
     else:
         made = breath_sound(tag, rate, rng)
         wanted = _rms(np.concatenate([before.samples, after.samples])) * 10 ** (LEVEL_DB[tag] / 20)
@@ -95,6 +104,12 @@ def _resonant(noise: npt.NDArray[np.float64], rate_hz: int, centers: Sequence[fl
     spectrum, hertz = np.fft.rfft(noise), np.fft.rfftfreq(len(noise), 1 / rate_hz)
     gain = sum(0.6**number * np.exp(-0.5 * ((hertz - f) / (0.25 * f)) ** 2) for number, f in enumerate(centers))
     return np.asarray(np.fft.irfft(spectrum * gain, len(noise)))
+
+
+def _laughed(read: Audio, rate_hz: int) -> Audio:
+    """Read syllables hurried and dying away."""
+    hurried = change_tempo(read, rate_hz, LAUGH_TEMPO)
+    return np.asarray(hurried * 10 ** (LAUGH_FADE_DB / 20 * np.linspace(0.0, 1.0, len(hurried))), np.float32)
 
 
 def _trimmed(audio: Audio) -> Audio:

@@ -1,4 +1,4 @@
-"""Made breaths, sighs and hesitations: where they lie in the spectrum and in the sentence, and what is not made."""
+"""Made breaths, sighs, hesitations and laughs: where they lie in spectrum and sentence, and what is not made."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ import pytest
 
 from services.trainer.data import build
 from services.trainer.data.manifest import Refused
-from services.trainer.data.paralinguistic_sounds import LEVEL_DB, SHAPES, TAGS, breath_sound, tagged_text, with_sound
+from services.trainer.data.paralinguistic_sounds import (
+    LAUGH_TEMPO,
+    LEVEL_DB,
+    SHAPES,
+    SYLLABLES,
+    TAGS,
+    breath_sound,
+    tagged_text,
+    with_sound,
+)
 from shared.audio.io import Waveform
 from shared.errors import UserError
 from shared.tags import check_text_tags
@@ -43,13 +52,17 @@ def test_a_breath_swells_and_a_sigh_falls_and_darkens() -> None:
 def test_a_sound_lies_between_two_phrases_at_its_loudness(tag: str) -> None:
     said: list[str] = []
 
-    def say(text: str) -> Waveform:
+    def say(text: str, manner: str) -> Waveform:
+        assert manner == ("emotion/excited" if text.startswith("Ha") else "neutral")
         said.append(text)
         return Waveform(tone(0.3), RATE)
 
     made = with_sound(WORDS, tag, 2, "en", say, np.random.default_rng(0))
-    assert said == ["well then", "we go", *(["um"] if tag == "Uhm" else [])]
-    assert made.duration_s > 0.6 + SHAPES[tag].shortest_s if tag in SHAPES else made.duration_s > 0.9
+    assert said == ["well then", "we go", *([SYLLABLES[tag]["en"]] if tag in SYLLABLES else [])]
+    assert made.duration_s > 0.6 + (SHAPES[tag].shortest_s if tag in SHAPES else 0.3 / LAUGH_TEMPO)
+    if tag == "Laughter":
+        laugh = made.samples[round(0.38 * RATE) : len(made.samples) - round(0.38 * RATE)]
+        assert np.std(laugh[-len(laugh) // 4 :]) < 0.5 * np.std(laugh[: len(laugh) // 4])
     if tag in LEVEL_DB:
         start, speech = round(0.38 * RATE), np.sqrt(np.mean(tone(0.3) ** 2))
         between = made.samples[start : len(made.samples) - start]
@@ -62,10 +75,10 @@ def test_a_sound_lies_between_two_phrases_at_its_loudness(tag: str) -> None:
 
 def test_what_cannot_be_made_honestly_is_refused() -> None:
     with pytest.raises(UserError, match="No sound is made for the tag"):
-        breath_sound("Laughter", RATE, np.random.default_rng(0))
+        breath_sound("Cough", RATE, np.random.default_rng(0))
     for words, at, language, tag in ((WORDS, 0, "en", "Sigh"), (WORDS, 4, "en", "Sigh"), (WORDS, 1, "fr", "Uhm")):
         with pytest.raises(UserError):
-            with_sound(words, tag, at, language, lambda text: Waveform(tone(0.2), RATE), np.random.default_rng(0))
+            with_sound(words, tag, at, language, lambda *_: Waveform(tone(0.2), RATE), np.random.default_rng(0))
 
 
 def test_sentences_become_quadruplets_with_the_teachers_voice() -> None:
