@@ -16,6 +16,7 @@ from shared.errors import MissingComponent, UserError
 from shared.inference.local import ModelFactory
 from shared.inference.port import Inference
 from shared.jobs.port import JobStore
+from shared.jobs.quota import MemoryQuota, Quota
 from shared.store.port import ArtifactStore
 
 CONNECTED = {
@@ -63,6 +64,14 @@ def open_jobs(url: str) -> JobStore:
     return jobs
 
 
+def open_quota(url: str) -> Quota:
+    """The call rates beside the job store of this URL: shared where it is Redis, else of this process alone."""
+    if _scheme(url) in ("memory", "sqlite"):
+        return MemoryQuota()
+    quota: Quota = _connect(url, "job store", ("redis", "rediss"), module="shared.jobs.quota_redis")
+    return quota
+
+
 def open_inference(url: str, models: Mapping[str, ModelFactory], *, concurrent: Collection[str] = ()) -> Inference:
     """local: runs `models` in this process (see LocalInference); triton://host:port calls a server that serves them."""
     if _scheme(url) == "local":
@@ -77,13 +86,13 @@ def _scheme(url: str) -> str:
     return url.split(":", 1)[0]
 
 
-def _connect(url: str, port: str, schemes: tuple[str, ...]) -> Any:
+def _connect(url: str, port: str, schemes: tuple[str, ...], *, module: str | None = None) -> Any:
     scheme = _scheme(url)
     if scheme not in schemes:
         raise UserError(f"No {port} is known for {scheme}: URLs.", f"Known: {', '.join(schemes)}.", "unknown_adapter")
     try:
-        module = importlib.import_module(CONNECTED[scheme])
+        adapter = importlib.import_module(module or CONNECTED[scheme])
     except ModuleNotFoundError as error:
         hint = "Install it with `pip install editx[stack]`."
         raise MissingComponent(f"The package {error.name}", f"the {port} {scheme}: needs it", hint) from error
-    return module.connect(url)
+    return adapter.connect(url)

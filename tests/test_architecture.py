@@ -15,7 +15,7 @@ PACKAGES = ("shared", "services", "editx")
 SERVERS = {
     "kafka": {"shared/bus/kafka.py"},
     "minio": {"shared/store/s3.py"},
-    "redis": {"shared/jobs/redis.py"},
+    "redis": {"shared/jobs/redis.py", "shared/jobs/quota_redis.py"},
     "tritonclient": {"shared/inference/triton.py"},
 }
 GATEWAY = "services/gateway/"

@@ -1,7 +1,7 @@
 """Who calls and how much they may: API keys, request rates, open jobs, and whether the system has room.
 
-Keys are kept as SHA-256 digests and compared in constant time. Rates are counted per gateway process; open jobs and
-backlog are read from the job store and the bus, so they hold across gateways.
+Keys are kept as SHA-256 digests and compared in constant time. Rates and open jobs are counted in the job store, the
+backlog in the bus, so all three hold across gateways.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,35 +104,28 @@ def _read(path: Path) -> tuple[ApiKey, ...]:
 class Admission:
     """Lets work in, or refuses it with the time after which to come again."""
 
-    def __init__(
-        self, backend: Backend, settings: GatewaySettings, metrics: Metrics, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, backend: Backend, settings: GatewaySettings, metrics: Metrics) -> None:
         self._backend = backend
         self._metrics = metrics
-        self._clock = clock
         self._limits: dict[Lane, int] = {
             "interactive": settings.backlog_interactive_max,
             "batch": settings.backlog_batch_max,
         }
         self._lock = threading.Lock()
-        self._buckets: dict[str, tuple[float, float]] = {}  # principal -> (calls left, as of)
         self._backlogs: dict[Lane, int] = dict.fromkeys(self._limits, 0)
 
     def call(self, principal: Principal) -> None:
-        """Count one call that costs work. Raises TooMuch above the principal's rate, with bursts of one minute."""
-        rate, now = principal.requests_per_minute / 60.0, self._clock()
-        with self._lock:
-            left, since = self._buckets.get(principal.id, (float(principal.requests_per_minute), now))
-            left = min(left + (now - since) * rate, float(principal.requests_per_minute))
-            if left >= 1.0:
-                self._buckets[principal.id] = left - 1.0, now
-                return
-            self._buckets[principal.id] = left, now
-        self._metrics.refused.labels("rate").inc()
-        raise TooMuch(
-            f"More than {principal.requests_per_minute} calls in a minute.", "Slow down.", "rate_limited",
-            retry_after_s=(1.0 - left) / rate,
-        )  # fmt: skip
+        """Count one call that costs work. Raises TooMuch above the principal's rate, with bursts of one minute.
+
+        Raises JobStoreUnavailable where nobody can tell.
+        """
+        wait_s = self._backend.quota.take(principal.id, principal.requests_per_minute)
+        if wait_s > 0.0:
+            self._metrics.refused.labels("rate").inc()
+            raise TooMuch(
+                f"More than {principal.requests_per_minute} calls in a minute.", "Slow down.", "rate_limited",
+                retry_after_s=wait_s,
+            )  # fmt: skip
 
     def jobs(self, principal: Principal, lane: Lane, count: int = 1) -> None:
         """Let `count` new jobs in. Raises Forbidden, or TooMuch by the principal's open jobs or the lane's backlog."""

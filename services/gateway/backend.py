@@ -1,4 +1,4 @@
-"""What the gateway works with: the four ports and a few facts about the checkpoint.
+"""What the gateway works with: the ports and a few facts about the checkpoint.
 
 `open_backend` is the composition of the hosted shape, by the URLs in the settings; the embedded shape is composed by
 the command line. Nothing else in the gateway knows which adapters it got.
@@ -15,12 +15,13 @@ from shared.bus.port import Bus
 from shared.checkpoints.layout import Checkpoint, Metadata
 from shared.inference.port import Inference
 from shared.jobs.port import JobStore
+from shared.jobs.quota import MemoryQuota, Quota
 from shared.prompts import TextTokenizer, Turn
 from shared.schemas.route import StepKind
 from shared.store.folder import FolderStore
 from shared.store.port import ArtifactStore
 from shared.sweeper import Sweeper
-from shared.wiring import open_bus, open_inference, open_jobs, open_store
+from shared.wiring import open_bus, open_inference, open_jobs, open_quota, open_store
 
 ARTIFACTS_PATH = "/v1/artifacts"
 
@@ -50,6 +51,7 @@ class Backend:
     metadata: Metadata
     encode: Encode
     groups: Mapping[StepKind, str] = field(default_factory=lambda: WORKER_GROUPS)
+    quota: Quota = field(default_factory=MemoryQuota)
     close: Callable[[], None] = _nothing
 
 
@@ -73,7 +75,7 @@ def reachable(store: ArtifactStore, settings: GatewaySettings) -> ArtifactStore:
 def open_backend(settings: GatewaySettings) -> Backend:
     """Connect to the servers that the settings name. Raises EditxError where one is unknown or a package is missing."""
     checkpoint = Checkpoint.resolve(settings.checkpoint)
-    bus, jobs = open_bus(settings.bus_url), open_jobs(settings.jobs_url)
+    bus, jobs, quota = open_bus(settings.bus_url), open_jobs(settings.jobs_url), open_quota(settings.jobs_url)
     store = reachable(open_store(settings.store_url), settings)
     inference = open_inference(settings.inference_url, {})
     sweeper = Sweeper(jobs, bus, store)
@@ -85,5 +87,8 @@ def open_backend(settings: GatewaySettings) -> Backend:
         inference.close()
         bus.close()
         jobs.close()
+        quota.close()
 
-    return Backend(bus, store, jobs, inference, checkpoint.metadata, encoder(checkpoint), close=close)
+    return Backend(
+        bus, store, jobs, inference, checkpoint.metadata, encoder(checkpoint), quota=quota, close=close
+    )

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from services.gateway.metrics import Metrics
 from services.gateway.problems import TooMuch
 from services.gateway.settings import GatewaySettings
 from shared.errors import UserError
+from shared.jobs.quota import MemoryQuota
 from tests.fixtures.gateways import Served, serving, wav
 
 HAPPY = {"type": "emotion", "detail": "happy", "text": "Well then."}
@@ -130,16 +132,17 @@ def test_calls_are_counted_per_key(as_user: Callable[[str], httpx.Client]) -> No
     assert eve.get("/v1/jobs").status_code == 200
 
 
-def test_a_rate_refills_with_time(guarded: Served) -> None:
+def test_a_rate_refills_with_time_and_is_one_for_all_gateways_of_a_job_store(guarded: Served) -> None:
     now = [0.0]
-    admission = Admission(guarded.gateway.backend, GatewaySettings(), Metrics(), clock=lambda: now[0])
+    backend = replace(guarded.gateway.backend, quota=MemoryQuota(clock=lambda: now[0]))
+    here, there = (Admission(backend, GatewaySettings(), Metrics()) for _ in range(2))
     eve = Principal("eve", 2, 1, ("interactive",), None)
-    admission.call(eve)
-    admission.call(eve)
+    here.call(eve)
+    there.call(eve)
     with pytest.raises(TooMuch) as refused:
-        admission.call(eve)
+        here.call(eve)
     now[0] += refused.value.retry_after_s
-    admission.call(eve)
+    there.call(eve)
 
 
 def test_a_keys_file_that_is_damaged_or_ambiguous_is_refused(tiny: Path, tmp_path: Path) -> None:
