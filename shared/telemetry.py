@@ -12,7 +12,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from opentelemetry import metrics, propagate, trace
 from opentelemetry.context import Context
+from opentelemetry.metrics import CallbackOptions, Observation
 from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
+
+from shared.tallies import TALLIES, Tally, counts
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
@@ -124,6 +127,12 @@ class Instruments:
         self.steps = meter.create_histogram("editx.step.duration", "s", "Handler time of one step, by kind and outcome")
         self.outcomes = meter.create_counter("editx.step.outcomes", "{step}", "Steps by kind and outcome")
         self.rtf = meter.create_histogram("editx.rtf", "1", "Processing seconds per second of audio, by step kind")
+        for tally in TALLIES:
+            meter.create_observable_counter(tally.name, [_observer(tally)], tally.unit, tally.meaning)
+
+
+def _observer(tally: Tally) -> Callable[[CallbackOptions], Iterable[Observation]]:
+    return lambda _: [Observation(count, {tally.label: value}) for value, count in counts(tally).items()]
 
 
 _instruments: list[Instruments] = []
@@ -215,6 +224,7 @@ def configure(service: str, *, spans_file: Path | None = None, otlp_endpoint: st
     meters = MeterProvider(metric_readers=readers, resource=resource)
     trace.set_tracer_provider(traces)
     metrics.set_meter_provider(meters)
+    instruments()  # so that what models count goes out although nothing else here is recorded
 
     def end() -> None:
         traces.shutdown()

@@ -1,13 +1,32 @@
-"""The gateway's own numbers, in Prometheus form. One registry per application."""
+"""The gateway's numbers in Prometheus form: its own, those of all jobs, and of models that run in its process.
+
+One registry per application.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from shared.schemas.exchange import Result
+from shared.tallies import TALLIES, counts
 
 RTF = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Tallied(Collector):
+    """What models of this process count (shared.tallies); nothing where they run elsewhere."""
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        for tally in TALLIES:
+            family = CounterMetricFamily(tally.name.replace(".", "_"), tally.meaning, labels=[tally.label])
+            for value, count in counts(tally).items():
+                family.add_metric([value], count)
+            yield family
 
 
 class Metrics:
@@ -54,6 +73,7 @@ class Metrics:
             buckets=(10, 30, 100, 300, 1_000, 3_000, 10_000), registry=self.registry,
         )  # fmt: skip
         self.webhooks = Counter("editx_webhooks", "Webhook attempts", ["outcome"], registry=self.registry)
+        self.registry.register(Tallied())
 
     def count(self, result: Result) -> None:
         """Take in how a job ended and what its steps took."""

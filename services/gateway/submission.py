@@ -31,6 +31,7 @@ from shared.schemas.request import SEED_MAX
 from shared.schemas.route import job_prefix, source_key
 from shared.store.port import ArtifactInfo, ArtifactNotFound
 from shared.tags import check_tag, check_text_tags
+from shared.tallies import looked_up
 
 log = logging.getLogger(__name__)
 _KEY = re.compile(r'"?([A-Za-z0-9._:/+=-]{1,128})"?')
@@ -114,6 +115,8 @@ def accept(gateway: Gateway, principal: Principal, submission: Submission, key: 
         if created is None or not created.is_new:
             backend.store.delete_prefix(job_prefix(job.id))
             gateway.webhooks.forget(job.id)
+    if key is not None:
+        looked_up("jobs", hits=not created.is_new, misses=created.is_new)
     if not created.is_new:
         return created
     if request.webhook_url is not None:

@@ -29,6 +29,7 @@ from shared.codes import AUDIO_VOCAB, GROUP, Codes
 from shared.errors import UserError
 from shared.inference.port import DeadlineExceeded, InferenceUnavailable, RequestCancelled
 from shared.models.step1 import Step1
+from shared.tallies import passed
 
 Collapse = Literal["loop", "no_end"]
 LOOP_CHECK_GROUPS = 8
@@ -270,6 +271,7 @@ class Engine:
 
     def _write(self, sequences: list[_Sequence]) -> None:
         """One decode step for the sequences that draw tokens."""
+        passed("llm", len(sequences))
         newest = [self._offset + s.sampler.tokens[-1] for s in sequences]
         self._draw(sequences, self._decoder.step(newest, [s.slot for s in sequences]))
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from shared.models.step1_attention import KVCache
+from shared.tallies import looked_up
 
 Ids = npt.NDArray[np.int64]
 
@@ -74,8 +75,10 @@ class PrefixCache:
             cache.restore(slot, start, self._entries[key].block)
         for key, _ in reversed(found):                          # the start of a prompt ends up most recently used
             self._entries.move_to_end(key)
-        self.hits += cache.lengths[slot]
-        self.misses += len(prompt) - cache.lengths[slot]
+        hits = cache.lengths[slot]
+        self.hits += hits
+        self.misses += len(prompt) - hits
+        looked_up("prompt tokens", hits=hits, misses=len(prompt) - hits)
         return hidden
 
     def store(self, prompt: Ids, cache: KVCache, slot: int, last_hidden: Tensor) -> None:

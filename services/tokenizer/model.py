@@ -27,6 +27,7 @@ from shared.checkpoints.layout import Checkpoint
 from shared.checkpoints.tokenizer import RATE_HZ, load_linguistic, load_mel_config, load_semantic, load_speaker
 from shared.errors import UserError
 from shared.inference.port import InferenceRequest, InferenceUnavailable, Tensors
+from shared.tallies import looked_up
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class TokenizerModel:
         for recording in asked:
             if isinstance(recording, _Recording) and (known := self._cache.get(recording.key)) is not None:
                 answers[recording.key] = known
+        hits = sum(isinstance(item, _Recording) and item.key in answers for item in asked)
+        looked_up("recordings", hits=hits, misses=sum(isinstance(item, _Recording) for item in asked) - hits)
         fresh = {item.key: item for item in asked if isinstance(item, _Recording) and item.key not in answers}
         for key, answer in zip(fresh, self._compute_each(list(fresh.values())), strict=True):
             answers[key] = answer

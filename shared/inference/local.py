@@ -27,6 +27,7 @@ from shared.inference.port import (
     Tensors,
     UnknownModel,
 )
+from shared.tallies import passed
 
 WAKE_S = 0.05
 STREAM_AHEAD = 4
@@ -253,6 +254,7 @@ class _Runner:
 
 
 def _infer(model: Model, batch: list[_Call]) -> None:
+    passed(model.name, len(batch))
     try:
         answers = model.infer([call.request for call in batch])
     except Exception as error:

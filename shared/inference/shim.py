@@ -22,6 +22,7 @@ import triton_python_backend_utils as pb  # exists inside the server only
 from shared import telemetry
 from shared.inference.port import InferenceRequest, InferenceUnavailable, Model, RequestCancelled, Tensors
 from shared.inference.wire import CALL, DEVICE, Call, pack_error
+from shared.tallies import passed
 
 log = logging.getLogger(__name__)
 CANCEL_CHECK_S = 0.02
@@ -89,6 +90,8 @@ def shim(make: Callable[[str], Model], *, concurrent: bool = False) -> type:
         def _infer(self, calls: Sequence[_Call]) -> Sequence[Tensors | Exception]:
             if not calls:
                 return []
+            if not concurrent:
+                passed(self.model.name, len(calls))
             with telemetry.span(f"triton {self.model.name}", {"editx.batch_size": len(calls)}, calls[0].trace):
                 try:
                     return self.model.infer([call.request for call in calls])

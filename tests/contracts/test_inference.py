@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from shared.inference.port import (
     UnknownModel,
 )
 from shared.inference.triton import TritonInference
+from shared.tallies import PASSES, ROWS, counts
 from tests.fixtures.doubler import Doubler
 from tests.fixtures.servers import shared_servers
 
@@ -43,6 +45,16 @@ def observed(inference: Inference) -> tuple[float, float]:
     """The model's largest batch and the number of pieces it streamed so far."""
     largest, streamed = inference.infer("doubler", {"x": X}, parameters={"report": True})["y"]
     return float(largest), float(streamed)
+
+
+def test_passes_and_the_requests_in_them_are_counted(model: Doubler) -> None:
+    before = counts(PASSES).get("doubler", 0), counts(ROWS).get("doubler", 0)
+    local = LocalInference({"doubler": lambda: model}, max_delay_s=0.2)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: local.infer("doubler", {"x": X}), range(4)))
+    local.close()
+    assert counts(ROWS)["doubler"] - before[1] == 4
+    assert counts(PASSES)["doubler"] - before[0] == len(model.batches) < 4
 
 
 def test_a_model_that_batches_for_itself_is_called_by_every_caller(model: Doubler) -> None:

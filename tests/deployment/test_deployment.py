@@ -18,12 +18,14 @@ import yaml
 
 from editx.stack.prepare import PrepareSettings
 from editx.stack.servers import packages
+from services.gateway.metrics import Metrics
 from services.gateway.settings import GatewaySettings
 from services.intake.settings import IntakeSettings
 from services.trainer.settings import TrainerSettings
 from shared.checkpoints.layout import HOME_VARIABLE
 from shared.schemas.route import LANES, topic_for
 from shared.service import ServiceSettings
+from shared.tallies import TALLIES
 from shared.topology import PARTITIONS, SERVICES, broker_group, group_of
 
 ROOT = Path(__file__).parents[2]
@@ -182,18 +184,35 @@ def test_secrets_are_referred_to_and_never_written_down(rendered: dict[str, list
             }
 
 
-def test_the_dashboard_and_the_alerts_name_metrics_that_exist() -> None:
-    known = set(re.findall(r'create_(?:counter|histogram)\(\s*"([\w.]+)"', (ROOT / "shared/telemetry.py").read_text()))
-    stems = {name.replace(".", "_") for name in known} | {"nv_inference"}
+def exported() -> set[str]:
+    """Every series that Prometheus can know: of workers through the collector, of gateways, and some of Triton's."""
+    kinds = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
+    found = {"nv_inference_pending_request_count", "nv_inference_count", "nv_inference_exec_count"}
+    text = (ROOT / "shared/telemetry.py").read_text()
+    for kind, name, unit in re.findall(r'create_(counter|histogram)\(\s*"([\w.]+)", "([^"]+)"', text):
+        stem = name.replace(".", "_") + ("_seconds" if unit == "s" else "")
+        found |= {stem + suffix for suffix in kinds[kind]}
+    found |= {f"{tally.name.replace('.', '_')}_total" for tally in TALLIES}
+    for family in Metrics().registry.collect():
+        found |= {family.name + suffix for suffix in kinds[family.type]}
+    return found
+
+
+def test_the_dashboard_and_the_alerts_name_metrics_that_exist_and_show_what_operators_need() -> None:
     folder = ROOT / "deploy/observability"
-    dashboard = json.loads((folder / "dashboard.json").read_text())
+    panels = json.loads((folder / "dashboard.json").read_text())["panels"]
+    shown = [target["expr"] for panel in panels for target in panel["targets"]]
     alerts = yaml.safe_load((folder / "alerts.yaml").read_text())
-    used = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    used += [rule["expr"] for group in alerts["groups"] for rule in group["rules"]]
-    for expression in used:
-        for metric in re.findall(r"\b((?:editx|messaging|nv)_\w+)(?=[\[{)\s])", expression):
-            labels = ("editx_step_kind", "editx_outcome", "messaging_destination_name")
-            assert metric.startswith(tuple(stems)) or metric in labels, metric
+    told = [rule["expr"] for group in alerts["groups"] for rule in group["rules"]]
+    named = [set(re.findall(r"\b((?:editx|messaging|nv)_\w+)(?=[\[{)]|$)", one)) for one in (*shown, *told)]
+    labels = {"editx_step_kind", "editx_outcome", "messaging_destination_name"}
+    assert all(names - labels for names in named)
+    assert set().union(*named) - labels <= exported()
+    needed = (
+        "step_queue_seconds", "step_duration_seconds", "rtf_bucket", "first_audio_seconds", "tokens_per_second",
+        "batch_rows", "backlog_steps", "step_retries", "dlq", "cache_hits",
+    )  # fmt: skip
+    assert [name for name in needed if name not in " ".join(shown)] == []
 
 
 def test_model_configurations_are_up_to_date(tmp_path: Path) -> None:

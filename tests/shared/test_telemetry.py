@@ -74,6 +74,35 @@ def test_a_job_is_one_trace_from_its_request_to_its_last_step(tmp_path: Path) ->
     assert [span["attributes"]["error.type"] for span in failed] == ["temporarily_unavailable"]
 
 
+MEASURED = """
+from opentelemetry import metrics
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from shared import tallies, telemetry
+telemetry.instruments()  # made before there is a provider, as in a process that configures late
+reader = InMemoryMetricReader()
+metrics.set_meter_provider(MeterProvider([reader]))
+tallies.passed("decoder", 3)
+tallies.passed("decoder", 1)
+tallies.looked_up("recordings", hits=2, misses=5)
+for metric in reader.get_metrics_data().resource_metrics[0].scope_metrics[0].metrics:
+    for point in metric.data.data_points:
+        print(metric.name, dict(point.attributes), point.value)
+"""
+
+
+def test_batch_sizes_and_cache_hits_go_out_as_counters() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert sorted(done.stdout.splitlines()) == [
+        "editx.batch.passes {'model': 'decoder'} 2",
+        "editx.batch.rows {'model': 'decoder'} 4",
+        "editx.cache.hits {'cache': 'recordings'} 2",
+        "editx.cache.misses {'cache': 'recordings'} 5",
+    ]
+
+
 def test_without_configuration_there_is_no_trace_to_send_along() -> None:
     with telemetry.span("nothing"):
         assert telemetry.inject() == {}

@@ -13,7 +13,15 @@ from services.gateway.metrics_reader import MetricsReader
 from shared.bus.memory import MemoryBus
 from shared.schemas.exchange import RESULTS, Result
 from shared.schemas.job import JobError, StepTiming
+from shared.tallies import looked_up, passed
 from tests.fixtures.gateways import wav
+
+COUNTED = (
+    ("editx_batch_passes_total", {"model": "decoder"}),
+    ("editx_batch_rows_total", {"model": "decoder"}),
+    ("editx_cache_hits_total", {"cache": "prompt tokens"}),
+    ("editx_cache_misses_total", {"cache": "prompt tokens"}),
+)
 
 
 def until(condition: Callable[[], bool], patience_s: float = 20.0) -> None:
@@ -74,6 +82,27 @@ def test_a_result_told_twice_counts_once_and_older_or_strange_ones_not_at_all() 
     finally:
         reader.stop()
     assert value(metrics, "editx_step_seconds_count", kind="tokenize") == 2
+
+
+def test_metrics_tell_the_batches_and_cache_hits_of_models_in_this_process() -> None:
+    metrics = Metrics()
+    before = [value(metrics, name, **labels) or 0.0 for name, labels in COUNTED]
+    passed("decoder", 1)
+    passed("decoder", 4)
+    looked_up("prompt tokens", hits=96, misses=32)
+    after = [value(metrics, name, **labels) or 0.0 for name, labels in COUNTED]
+    assert [late - early for early, late in zip(before, after, strict=True)] == [2, 5, 96, 32]
+
+
+def test_a_job_that_came_twice_is_a_cache_hit(client: httpx.Client) -> None:
+    metrics, body = Metrics(), {"audio": ("a.wav", wav(), "audio/wav")}
+    before = [value(metrics, f"editx_cache_{what}_total", cache="jobs") or 0.0 for what in ("hits", "misses")]
+    for _ in range(3):
+        client.post(
+            "/v1/audio/edits", files=body, data={"type": "denoise"}, headers={"idempotency-key": "metrics-1"}
+        ).raise_for_status()
+    after = [value(metrics, f"editx_cache_{what}_total", cache="jobs") or 0.0 for what in ("hits", "misses")]
+    assert [late - early for early, late in zip(before, after, strict=True)] == [2, 1]
 
 
 def test_metrics_tell_of_a_job_that_came_over_http(client: httpx.Client) -> None:

@@ -18,6 +18,7 @@ from shared.errors import UserError
 from shared.inference.port import DeadlineExceeded, InferenceUnavailable, RequestCancelled
 from shared.models.quantize import quantize_int8
 from shared.models.step1 import Step1
+from shared.tallies import HITS, MISSES, PASSES, ROWS, counts
 
 AUDIO_OFFSET, EOS = 64, 3
 NEVER_END = {"min_groups": 12, "max_groups": 12, "attempts": 1}
@@ -153,6 +154,20 @@ def test_prompts_that_begin_alike_share_their_blocks(tiny: Step1, make_engine: M
         prompt = np.concatenate([begin, np.frombuffer(tail, dtype=np.uint8).astype(np.int64)])
         engine.submit(Generation(prompt, SamplingSettings(max_groups=2))).result()
     assert engine.prefix_hits == 2 * 512
+
+
+def test_decode_steps_sequences_and_prompt_tokens_are_counted(tiny: Step1, make_engine: MakeEngine) -> None:
+    tallies = ((PASSES, "llm"), (ROWS, "llm"), (HITS, "prompt tokens"), (MISSES, "prompt tokens"))
+    before = [counts(tally).get(name, 0) for tally, name in tallies]
+    engine = make_engine(tiny)
+    for generation in [engine.submit(ask(1, 30, **NEVER_END)) for _ in range(2)]:
+        generation.result()
+    passes, rows, hits, misses = (
+        counts(tally)[name] - early for (tally, name), early in zip(tallies, before, strict=True)
+    )
+    assert rows == 2 * 60  # the first token comes with the prompt, the last step draws the end
+    assert 60 <= passes <= 120
+    assert (hits, misses) == (30, 30)
 
 
 def test_the_prefix_cache_stays_within_its_bound(tiny: Step1, make_engine: MakeEngine) -> None:
