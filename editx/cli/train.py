@@ -69,10 +69,9 @@ def post(
     stage: Annotated[list[str] | None, typer.Option(help="Only this stage. May be repeated.")] = None,
     config: Config = None,
     entries: Set = None,
-    corpus: Annotated[bool, typer.Option(help="Read the recipes' corpus, for judges and data.")] = True,
     measures: Annotated[bool, typer.Option(help="Word errors, voice and naturalness by the offline judges.")] = True,
 ) -> None:
-    """All stages: judges, data, both SFT sets, preferences, reward, ppo, evaluate, measure."""
+    """All stages: record, judges, data, both SFT sets, preferences, reward, ppo, evaluate, measure."""
     from editx.training import Served
     from services.trainer.core.configs import parse_assignments, read_config, with_entries
     from services.trainer.core.runs import Bar
@@ -80,7 +79,8 @@ def post(
     from services.trainer.evaluate.runner import OfflineMeasures
     from services.trainer.recipes.nano import assets
     from services.trainer.recipes.post_train.config import FORMS
-    from services.trainer.recipes.post_train.material import nano_material
+    from services.trainer.recipes.post_train.outcome import OUTCOME
+    from services.trainer.recipes.post_train.readers import CheapTeacher, Teacher
     from services.trainer.recipes.post_train.stages import STAGES, PostTrain
     from shared.checkpoints.layout import Checkpoint
     from shared.errors import UserError
@@ -94,9 +94,9 @@ def post(
     try:
         training = PostTrain(
             chosen, Checkpoint.resolve(base), work, served,
-            nano_material() if corpus and {"judges", "data"} & set(wanted) else None,
-            OfflineMeasures(Judges(assets.prepare().whisper)) if measures and "measure" in wanted else None,
-            Bar("post-training"),
+            readers=lambda: [Teacher(), CheapTeacher()],
+            measures=OfflineMeasures(Judges(assets.prepare().whisper)) if measures and "measure" in wanted else None,
+            observer=Bar("post-training"),
         )  # fmt: skip
         training.run(stage or ())
     finally:
@@ -104,9 +104,9 @@ def post(
     for name in STAGES:
         if training.work.is_done(name):
             Console(stderr=True).print(f"{name}: done", highlight=False)
-    report = work / "evaluation" / "report.md"
-    if report.exists():
-        typer.echo(report.read_text(encoding="utf-8"))
+    outcome = work / OUTCOME
+    if outcome.exists():
+        typer.echo(outcome.read_text(encoding="utf-8"))
 
 
 @app.command()

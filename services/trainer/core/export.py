@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,11 +25,13 @@ INDEX = "model.safetensors.index.json"
 
 
 def write_checkpoint(
-    base: Checkpoint, target: Path, state: Mapping[str, Tensor], *, name: str, version: str, facts: Mapping[str, object]
-) -> Checkpoint:
+    base: Checkpoint, target: Path, state: Mapping[str, Tensor], *, name: str, version: str,
+    facts: Mapping[str, object], sounds: Sequence[str] = (),
+) -> Checkpoint:  # fmt: skip
     """Write `target` as `base` with the language model's weights replaced, in the base's dtype.
 
-    `facts` (what it was trained from) go into editx.json. The folder appears whole; an older one is replaced.
+    `facts` (what it was trained from) go into editx.json, whose other entries stay; `sounds` are paralinguistic tags
+    that it has learned besides the base's edits. The folder appears whole; an older one is replaced.
     """
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -40,7 +42,7 @@ def write_checkpoint(
     for file in (*made.step1_files, folder / INDEX):
         file.unlink(missing_ok=True)
     save_weights({n: t.to(getattr(torch, dtype)) for n, t in state.items()}, folder)
-    document = {"name": name, "version": version, **_trained_on(base), "training": dict(facts)}
+    document = _described(base, sounds) | {"name": name, "version": version, "training": dict(facts)}
     _replace(partial / METADATA_FILE, json.dumps(document, indent=2, default=str) + "\n")
     write_sums(partial)
     shutil.rmtree(target, ignore_errors=True)
@@ -103,6 +105,10 @@ def _replace(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _trained_on(base: Checkpoint) -> dict[str, object]:
+def _described(base: Checkpoint, sounds: Sequence[str]) -> dict[str, object]:
+    """The base's metadata with more sounds; a base that does not say what it learned is said to know all."""
+    document = base.metadata.model_dump(mode="json", exclude_none=True)
     known = base.metadata.trained_on
-    return {} if known is None else {"trained_on": known.model_dump(mode="json")}
+    if known is not None:
+        document["trained_on"]["paralinguistic"] = sorted({*known.paralinguistic, *sounds})
+    return document

@@ -6,7 +6,7 @@ came to be.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from shared.errors import UserError
 
 RESAMPLES = 2000
 Line = dict[str, Any]
+Systems = Mapping[str, Sequence[Line]]
+"""Name to results."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def markdown(rows: Sequence[Line], title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def compare(systems: dict[str, Sequence[Line]]) -> str:
+def compare(systems: Systems) -> str:
     """Systems side by side: score per iteration, and the paired gain of each over the first at the last iteration."""
     names = list(systems)
     tasks = sorted({line["task"] for lines in systems.values() for line in lines if "iterations" in line})
@@ -122,11 +124,73 @@ def compare(systems: dict[str, Sequence[Line]]) -> str:
     return "\n".join(text) + "\n"
 
 
-def _depth(systems: dict[str, Sequence[Line]]) -> int:
+def over_seeds(runs: Sequence[Sequence[Line]]) -> list[Line]:
+    """Runs of the same cases with other seeds as one: each number of a case is its mean over the seeds.
+
+    Cases, not draws, are what intervals are about, so several draws of a case count as one better known case. Cases
+    that failed with some seed are left out; those that failed with every one keep their error.
+    """
+    by_key: dict[str, list[Line]] = {}
+    for lines in runs:
+        for line in lines:
+            by_key.setdefault(str(line["key"]), []).append(line)
+    return [_mean_case(lines) for lines in by_key.values() if len(lines) == len(runs)]
+
+
+def _mean_case(lines: Sequence[Line]) -> Line:
+    failed = next((line for line in lines if "error" in line), None)
+    if failed is not None:
+        return failed
+    iterations = []
+    for found in zip(*(line["iterations"] for line in lines), strict=True):
+        numbers = {n for one in found for n, v in one.items() if isinstance(v, int | float) and n != "iteration"}
+        means = {n: float(np.mean([one[n] for one in found if n in one])) for n in sorted(numbers)}
+        iterations.append({"iteration": found[0]["iteration"], **means})
+    return {**lines[0], "iterations": iterations}
+
+
+def steps_table(systems: Systems, steps: Sequence[tuple[str, str]]) -> str:
+    """Paired gains in points with 95 % intervals: of each system from Iter0 to Iter1, and of each step's second system
+    over its first at every iteration.
+    """
+    depth = _depth(systems)
+    heads = " | ".join(f"Iter{n}" for n in range(depth))
+    text = [f"| task | gain of | over | {heads} |", "|" + "---|" * (3 + depth)]
+    for task in sorted({line["task"] for lines in systems.values() for line in lines if "iterations" in line}):
+        for before, after in steps:
+            if all(_by_key(systems.get(name, ()), task, 0) for name in (before, after)):
+                gains = [str(paired(systems[before], systems[after], task, n)) for n in range(depth)]
+                text.append(f"| {task} | {after} | {before} | " + " | ".join(gains) + " |")
+        for name, lines in systems.items():
+            first = _by_key(lines, task, 0)
+            gains = []
+            for n in range(1, depth if first else 0):
+                later = _by_key(lines, task, n)
+                gains.append(str(bootstrap([later[key] - first[key] for key in sorted(first.keys() & later.keys())])))
+            if gains:
+                text.append(f"| {task} | {name} | its Iter0 | 0 | " + " | ".join(gains) + " |")
+    return "\n".join(text) + "\n"
+
+
+def seeds_table(runs: Mapping[str, Sequence[Sequence[Line]]]) -> str:
+    """The score at the last iteration by seed, and the deviation among seeds."""
+    text = ["| task | system | score by seed | deviation |", "|---|---|---|---|"]
+    tasks = sorted({line["task"] for seeds in runs.values() for one in seeds for line in one if "iterations" in line})
+    for task in tasks:
+        for name, seeds in runs.items():
+            last = _depth({name: [line for one in seeds for line in one]}) - 1
+            scores = [np.mean(list(found.values())) for one in seeds if (found := _by_key(one, task, last))]
+            if len(scores) > 1:
+                shown = ", ".join(f"{score:.1f}" for score in scores)
+                text.append(f"| {task} | {name} | {shown} | {np.std(scores, ddof=1):.1f} |")
+    return "\n".join(text) + "\n"
+
+
+def _depth(systems: Systems) -> int:
     return max((len(line.get("iterations", ())) for lines in systems.values() for line in lines), default=0)
 
 
-def draw(systems: dict[str, Sequence[Line]], folder: Path) -> None:
+def draw(systems: Systems, folder: Path) -> None:
     """A picture per task: score over iterations with its interval, a line per system."""
     for task in sorted({line["task"] for lines in systems.values() for line in lines if "iterations" in line}):
         series = {}
@@ -138,12 +202,22 @@ def draw(systems: dict[str, Sequence[Line]], folder: Path) -> None:
         draw_series(series, [f"Iter{n}" for n in range(depth)], folder / f"{task}.png", task)
 
 
-def write_report(systems: dict[str, Sequence[Line]], folder: Path) -> Path:
-    """report.md with one table per system and one that compares them, and the pictures beside it."""
+def write_report(
+    systems: Systems, folder: Path, *, steps: Sequence[tuple[str, str]] = (),
+    seeds: Mapping[str, Sequence[Sequence[Line]]] | None = None,
+) -> Path:  # fmt: skip
+    """report.md with one table per system and one that compares them, and the pictures beside it.
+
+    `steps` are pairs of systems of which the second is to be better; `seeds` the runs that `systems` are means of.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     parts = [markdown(summarise(lines), name) for name, lines in systems.items()]
     if len(systems) > 1:
         parts.append("## Compared\n\n" + compare(systems))
+    if steps:
+        parts.append("## Gains\n\n" + steps_table(systems, steps))
+    if seeds:
+        parts.append("## By seed\n\n" + seeds_table(seeds))
     failed = {name: sum("error" in line for line in lines) for name, lines in systems.items()}
     parts += [f"{name}: {count} cases failed; results.jsonl says why.\n" for name, count in failed.items() if count]
     draw(systems, folder)

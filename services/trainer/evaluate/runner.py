@@ -169,11 +169,17 @@ def _case(
     return {"key": case.key, **case.model_dump(), "judge": judge.name, "iterations": iterations}
 
 
-def add_measures(cases: Sequence[tuple[Case, Path]], folder: Path, measures: Measures) -> int:
-    """Measure the recordings of a finished run that were not measured yet; how many there were."""
+def add_measures(
+    cases: Sequence[tuple[Case, Path]], folder: Path, measures: Measures, *,
+    progress: Callable[[float, str], None] | None = None,
+) -> int:  # fmt: skip
+    """Measure the recordings of a finished run that were not measured yet; how many there were.
+
+    Results are written case by case, so that a killed call goes on where it was.
+    """
     known = {case.key: (case, audio) for case, audio in cases}
     lines, count = read_results(folder), 0
-    for line in lines:
+    for number, line in enumerate(lines, start=1):
         case, audio = known[str(line["key"])]
         found: Any = line.get("iterations", [])
         todo = [one for one in found if "words" not in one]
@@ -182,9 +188,12 @@ def add_measures(cases: Sequence[tuple[Case, Path]], folder: Path, measures: Mea
             assert reference is not None
             one |= measures.measure(case.words, case.lang, reference, at_16k(read_audio(folder / one["audio"])))
             count += 1
-    partial = folder / f"{RESULTS}.partial"
-    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    partial.replace(folder / RESULTS)
+        if todo:
+            partial = folder / f"{RESULTS}.partial"
+            partial.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in lines), encoding="utf-8")
+            partial.replace(folder / RESULTS)
+        if progress is not None:
+            progress(number / len(lines), f"{number} of {len(lines)} cases measured")
     return count
 
 

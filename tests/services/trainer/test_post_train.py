@@ -8,40 +8,49 @@ import pytest
 
 from editx.training import EngineRollouts, Served
 from services.trainer.core.sampling import Vocabulary
+from services.trainer.data.paralinguistic_sounds import TAGS
 from services.trainer.ppo.rollouts import Prompt
 from services.trainer.recipes.post_train import config as forms
 from services.trainer.recipes.post_train.config import FORMS
-from services.trainer.recipes.post_train.material import Item, Material
+from services.trainer.recipes.post_train.recordings import MANNERS, SPEEDS
 from services.trainer.recipes.post_train.stages import STAGES, PostTrain
 from shared.audio.io import Waveform
 from shared.checkpoints import Checkpoint
 from shared.checkpoints.verify import verify
 from shared.codes import split
 from shared.errors import UserError
-from tests.services.trainer.conftest import random_codes
 from tests.services.trainer.test_data import RATE, tone
 
-MANNERS = {"neutral": 1.0, "emotion/happy": 1.35, "emotion/sad": 0.75, "style/gentle": 0.9, "style/whisper": 1.15}
+
+class Tones:
+    """A reader of tones: the manner moves the pitch as far as its strength says."""
+
+    def __init__(self, name: str, held_out: bool = False) -> None:
+        self.name, self.licence = name, "CC0-1.0"
+        self.speakers = {"en": [f"{name}{k}" for k in range(3)]}
+        self.held_out = {"en": ["bench0", "bench1"]} if held_out else {}
+        self.asked = 0
+
+    def say(self, text, language, speaker, manner, strength, seed):
+        self.asked += 1
+        if "unsayable" in text:
+            raise UserError("it cannot be said")
+        hertz = (120 + 9 * int(speaker[-1])) * (1 + 0.04 * list(READ).index(manner) * strength)
+        return Waveform(tone(0.4 + 0.01 * len(text), hertz), RATE)
 
 
-def items(groups: range, speaker: str) -> list[Item]:
-    made = []
-    for group in groups:
-        for place, (manner, factor) in enumerate(MANNERS.items()):
-            hertz = (120 + 7 * (group % 5)) * factor
-            made.append(Item(
-                id=f"{speaker}{group}x{place}", group=group, text=f"sentence {speaker} {group}", language="en",
-                speaker=f"{speaker}{group % 3}", manner=manner, mixed=random_codes(4, group * 10 + place),
-                audio=lambda hertz=hertz: Waveform(tone(0.5, hertz), RATE),
-            ))  # fmt: skip
-    return made
+READ = ("neutral", *MANNERS, *SPEEDS)
+
+
+def sentences(language: str, held_out: bool) -> list[str]:
+    return [f"{'unseen' if held_out else 'usual'} sentence of number {k}" for k in range(9)]
 
 
 @pytest.fixture(scope="module")
 def post(checkpoint: Checkpoint, tmp_path_factory):
     served = Served()
-    material = Material(items(range(20), "train"), items(range(20, 23), "bench"), "CC0-1.0", "tones")
-    yield PostTrain(forms.tiny(), checkpoint, tmp_path_factory.mktemp("post"), served, material)
+    readers = [Tones("good", held_out=True), Tones("cheap")]
+    yield PostTrain(forms.tiny(), checkpoint, tmp_path_factory.mktemp("post"), served, lambda: readers, sentences)
     served.close()
 
 
@@ -49,12 +58,26 @@ def test_all_stages_run_and_leave_checkpoints_that_verify(post: PostTrain) -> No
     post.run()
     assert [stage for stage in STAGES if not post.work.is_done(stage)] == ["measure"]
     for name in ("sft_unfiltered", "sft_large_margin", "ppo"):
-        assert verify(Checkpoint(post.work.checkpoint(name))).ok, name
+        made = Checkpoint(post.work.checkpoint(name))
+        assert verify(made).ok, name
+        assert made.metadata.trained_on is not None
+        assert set(made.metadata.trained_on.paralinguistic) & set(TAGS)
+        assert made.metadata.trim_before_mel == post.base.metadata.trim_before_mel
     data = post.work.summary("data")
     assert data["unfiltered"]["rows"] == data["large_margin"]["rows"]
     assert data["cases"] == 2
     report = (post.root / "evaluation" / "report.md").read_text()
     assert all(name in report for name in ("base", "sft_unfiltered", "sft_large_margin", "ppo"))
+    assert "## Gains" in report
+    assert "| ppo | sft_large_margin |" in report
+    assert "## By seed" in report
+    kinds = {row.edit.type for row in post.work.dataset("large_margin").rows}
+    assert kinds >= {"clone", "paralinguistic"}
+    assert kinds & {"emotion", "style"}
+    assert {row.origin.split("+")[0] for row in post.work.dataset("large_margin").rows} <= {"good", "cheap"}
+    outcome = (post.root / "experiment.md").read_text()
+    assert all(f"- {stage}: " in outcome for stage in ("record", "judges", "data", "preferences", "reward", "ppo"))
+    assert "| evaluate |" in outcome or "| ppo |" in outcome
     assert {"accuracy", "calibration_error"} <= post.work.summary("reward")["held_out"].keys()
     assert {"picked", "random", "gain"} <= post.work.summary("reward")["best_of"].keys()
     assert (post.root / "margins.png").exists()
@@ -80,8 +103,10 @@ def test_the_recordings_are_measured_afterwards(post: PostTrain) -> None:
 
 def test_a_stage_without_its_material_says_what_to_do(post: PostTrain, tmp_path: Path) -> None:
     bare = PostTrain(post.config, post.base, tmp_path, post.serve)
-    with pytest.raises(UserError, match="needs recordings"):
+    with pytest.raises(UserError, match="no recordings"):
         bare.run(["judges"])
+    with pytest.raises(UserError, match="needs teachers"):
+        bare.run(["record"])
     with pytest.raises(UserError, match="no stage dance"):
         bare.run(["dance"])
 

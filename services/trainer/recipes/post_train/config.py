@@ -1,4 +1,4 @@
-"""The sizes of a post-training, in three forms: tiny (tests), cpu and gpu. Learning rates follow the model's size.
+"""The sizes of a post-training in four forms: tiny (tests), cpu, gpu, official. Learning rates follow the model's size.
 
 The paper's rates are for three billion weights; `official()` has them. A model of ten million learns nothing at 1e-6 in
 an afternoon, so the small checkpoint's are some twenty times higher, with the same shape.
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from services.trainer.core.settings import LoopConfig
 from services.trainer.data.preferences import CANDIDATES_PER_PROMPT, JUDGE_MARGIN
 from services.trainer.ppo.config import PpoConfig
+from services.trainer.recipes.post_train.recordings import RecordConfig
 from services.trainer.reward.trainer import RewardConfig
 from services.trainer.sft.trainer import SftConfig
 
@@ -19,16 +20,19 @@ from services.trainer.sft.trainer import SftConfig
 class PostTrainConfig:
     """Everything that a post-training can be told.
 
-    `pairs` emotion and style edits, `clones` clones and `rehearsal` other edits per SFT set (the large-margin and the
-    unfiltered set have the same size and differ in the pairs only); `judge_pairs`
-    recordings to fit each of the two judges; `prompts` for preferences and PPO, `held_out` for the reward model's test,
-    `candidates` answers to each; pairs of candidates whose ratings differ by more than `judge_margin`, the
-    `hardest_share` of prompts for PPO; `cases` of the benchmark.
+    `record` says how much is recorded. `pairs` emotion and style edits, `clones` clones, `rehearsal` speed, denoise and
+    vad edits and `sounds` paralinguistic ones per SFT set (the large-margin and the unfiltered set have the same size
+    and differ in the pairs only); `judge_pairs` recordings to fit each of the two judges; `prompts` for preferences and
+    PPO, `held_out` for the reward model's test, `candidates` answers to each; pairs of candidates whose ratings differ
+    by more than `judge_margin`, the `hardest_share` of prompts for PPO; `cases` of the benchmark, each done with
+    `seeds` seeds; words, voice and naturalness are measured for the first `measured_seeds` of them.
     """
 
+    record: RecordConfig = field(default_factory=RecordConfig)
     pairs: int = 3000
     clones: int = 1500
     rehearsal: int = 1000
+    sounds: int = 500
     judge_pairs: int = 500
     prompts: int = 240
     held_out: int = 60
@@ -37,6 +41,8 @@ class PostTrainConfig:
     pairs_per_prompt: int = 6
     hardest_share: float = 0.5
     cases: int = 160
+    seeds: int = 3
+    measured_seeds: int = 1
     iterations: int = 3
     decode_steps: int = 6
     workers: int = 8
@@ -69,16 +75,19 @@ def gpu() -> PostTrainConfig:
 
 
 def cpu() -> PostTrainConfig:
-    """The small checkpoint on two cores, in some hours."""
+    """The small checkpoint on two cores, in about two hours (docs/training.md has the budget, stage by stage)."""
     big = gpu()
     ppo = replace(big.ppo, steps=60, critic_warmup=10, prompts_per_step=8, minibatch=16, micro=8,
-                  loop=replace(big.ppo.loop, device="cpu"))  # fmt: skip
+                  loop=replace(big.ppo.loop, device="cpu", save_every=5))  # fmt: skip
+    sft = replace(big.sft, epochs=1, row_tokens=2048, rows_per_batch=2,
+                  loop=replace(big.sft.loop, device="cpu", save_every=20))  # fmt: skip
     return replace(
         big, device="cpu", workers=2, slots=16,
-        pairs=600, clones=200, rehearsal=200, judge_pairs=150, prompts=40, held_out=12,
-        candidates=8, cases=32,
-        sft=replace(big.sft, epochs=1, row_tokens=2048, rows_per_batch=2, loop=replace(big.sft.loop, device="cpu")),
-        reward=replace(big.reward, pairs_per_batch=8, loop=replace(big.reward.loop, device="cpu")), ppo=ppo,
+        record=RecordConfig(groups=900, benchmark_groups=40, teacher_share=0.08),
+        pairs=600, clones=200, rehearsal=200, sounds=120, judge_pairs=200, prompts=60, held_out=24,
+        candidates=8, cases=32, sft=sft,
+        reward=replace(big.reward, pairs_per_batch=8, loop=replace(big.reward.loop, device="cpu", save_every=20)),
+        ppo=ppo,
     )  # fmt: skip
 
 
@@ -89,8 +98,10 @@ def tiny() -> PostTrainConfig:
         extra_groups=1, watch_every=2, loop=_loop(1e-3, 1e-4, "cpu", log_every=1),
     )  # fmt: skip
     return PostTrainConfig(
-        pairs=4, clones=2, rehearsal=2, judge_pairs=16, prompts=3, held_out=2, candidates=3, judge_margin=-1.0,
-        pairs_per_prompt=1, hardest_share=0.7, cases=2, iterations=1, decode_steps=1, workers=1, slots=4,
+        record=RecordConfig(groups=20, benchmark_groups=3, shard_groups=8),
+        pairs=4, clones=2, rehearsal=2, sounds=2, judge_pairs=16, prompts=3, held_out=2, candidates=3,
+        judge_margin=-1.0, pairs_per_prompt=1, hardest_share=0.7, cases=2, seeds=2, iterations=1, decode_steps=1,
+        workers=1, slots=4,
         sft=SftConfig(row_tokens=2048, rows_per_batch=1, loop=_loop(1e-3, 1e-4, "cpu", log_every=1)),
         reward=RewardConfig(pairs_per_batch=2, loop=_loop(1e-3, 1e-4, "cpu", log_every=1)), ppo=ppo,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """What a post-training starts from: recordings with codes, in groups of one voice and one text said in several manners.
 
-The small checkpoint's corpus is one such material. Parts of it are set aside by group, so that judges, preferences and
-training never see the same recordings. Knows nothing about training.
+Parts of it are set aside by group, so that judges, preferences and training never see the same recordings. Knows
+nothing about training, nor about who read the recordings.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _TENTHS: dict[int, Part] = {0: "judge_a", 1: "judge_b", 2: "held_out", 3: "promp
 class Item:
     """One recording: codes, words, voice, manner ("neutral", "emotion/happy"), and the samples when they are wanted.
 
-    `noisy` and `paused` are the codes of the recording in noise and with pauses put in, where the material has them.
+    Where the material has them: `noisy` and `paused` are the codes of the recording in noise and with pauses put in,
+    `tagged` is its text with a [tag] and the codes of a reading with that sound.
     """
 
     id: str
@@ -39,22 +40,23 @@ class Item:
     manner: str
     mixed: Codes
     audio: Callable[[], Waveform]
+    licence: str
+    origin: str
     noisy: Codes | None = None
     paused: Codes | None = None
+    tagged: tuple[str, Codes] | None = None
 
 
 @dataclass(frozen=True)
 class Material:
-    """Items for training and, of other voices and texts, for the benchmark; all of one licence and origin."""
+    """Items for training and, of other voices and texts, for the benchmark."""
 
     training: Sequence[Item]
     benchmark: Sequence[Item]
-    licence: str
-    origin: str
 
     def part(self, part: Part) -> list[Item]:
-        """The items of one part: groups are dealt out by tenths, in twos, since every other one is a single."""
-        return [item for item in self.training if _TENTHS.get(item.group // 2 % 10, "sft") == part]
+        """The items of one part: groups are dealt out by tenths."""
+        return [item for item in self.training if _TENTHS.get(item.group % 10, "sft") == part]
 
     def pairs(self, part: Part, kinds: Sequence[str] = ("emotion", "style", "speed")) -> list[tuple[Item, Item]]:
         """Neutral and expressive items of one group, in the order of the material."""
@@ -69,7 +71,7 @@ class Material:
         return Row(
             id=f"{source.id}-{target.id}-{str(edit).replace(' ', '-')}", edit=edit, margin=margin,
             source=Side(text=source.text, mixed=source.mixed), target=Side(text=target.text, mixed=target.mixed),
-            speaker=source.speaker, language=source.language, licence=self.licence, origin=self.origin,
+            speaker=source.speaker, language=source.language, licence=source.licence, origin=source.origin,
         )  # fmt: skip
 
     def rehearsal(self, count: int, seed: int) -> list[Row]:
@@ -83,6 +85,18 @@ class Material:
                     before = replace(item, id=f"{item.id}{kind}", mixed=codes)
                     made.append(self.row(before, item, Edit.model_validate({"type": kind})))
         order = np.random.default_rng((seed, 6)).permutation(len(made))[:count]
+        return [made[k] for k in order]
+
+    def sounds(self, count: int, seed: int) -> list[Row]:
+        """Paralinguistic edits: from the plain reading to one with a sound in it; no margin filter, as in the paper."""
+        made = []
+        for item in self.part("sft"):
+            if item.tagged is not None:
+                text, codes = item.tagged
+                after = replace(item, id=f"{item.id}sound", text=text, mixed=codes, origin=f"{item.origin}+made-sounds")
+                edit = Edit(type="paralinguistic", target_text=text)
+                made.append(self.row(item, after, edit).model_copy(update={"origin": after.origin}))
+        order = np.random.default_rng((seed, 7)).permutation(len(made))[:count]
         return [made[k] for k in order]
 
     def clones(self, count: int, seed: int) -> Dataset:
@@ -109,27 +123,3 @@ def edit_towards(manner: str) -> Edit:
     """The edit that makes a neutral recording so: "emotion/happy" -> emotion happy."""
     kind, _, detail = manner.partition("/")
     return Edit.model_validate({"type": kind, "detail": detail})
-
-
-def nano_material() -> Material:
-    """The corpus of the small checkpoint, with the codes of its tokenizers. Needs `recipes.nano.codes` to have run."""
-    from services.trainer.recipes.nano.codes import Coded
-    from services.trainer.recipes.nano.teacher import SAMPLE_RATE_HZ
-    from shared.codes import interleave
-
-    def reader(coded: Coded, place: int) -> Callable[[], Waveform]:
-        return lambda: Waveform(coded.store.audio(place), SAMPLE_RATE_HZ)
-
-    def items(keep: str) -> list[Item]:
-        coded = Coded(keep=keep)
-        return [
-            Item(
-                f"k{found['row']['index']:07d}", int(found["row"]["group"]), found["row"]["text"],
-                found["row"]["language"], found["row"]["voice_name"], found["row"]["manner"],
-                interleave(*found["clean"]), reader(coded, found["i"]), interleave(*found["noisy"]),
-                interleave(*found["paused"]),
-            )
-            for found in coded.items
-        ]  # fmt: skip
-
-    return Material(items("train"), items("held_out"), "Apache-2.0", "kokoro-82m-controls")

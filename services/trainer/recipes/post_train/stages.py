@@ -1,15 +1,16 @@
 """The stages of a post-training, each a function of the work folder; one that is done is skipped.
 
-judges and data need the material (recordings); the others need only the folder and the base checkpoint. How a
-checkpoint is served is the caller's: `serve` makes the inference port for one. Knows no service.
+record needs the readers, judges and data its recordings; the others need only the folder and the base checkpoint. How
+a checkpoint is served is the caller's: `serve` makes the inference port for one. Knows no service.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from services.trainer.data.margin import MarginScorer, Thresholds, keep_large_ma
 from services.trainer.data.preferences import Candidate, Weights, make_pairs
 from services.trainer.data.rows import Row
 from services.trainer.evaluate.acoustic import AcousticJudge, pair_features
-from services.trainer.evaluate.benchmark import Case, read_cases, write_cases
-from services.trainer.evaluate.report import bootstrap, summarise, write_report
+from services.trainer.evaluate.benchmark import read_cases
+from services.trainer.evaluate.report import bootstrap, over_seeds, summarise, write_report
 from services.trainer.evaluate.runner import (
     Measures,
     NoMeasures,
@@ -43,11 +44,13 @@ from services.trainer.ppo.rollouts import LocalRollouts, LocalScorer
 from services.trainer.ppo.trainer import PpoTrainer, as_critic, hardest, prompts_of
 from services.trainer.recipes.post_train.config import PostTrainConfig
 from services.trainer.recipes.post_train.listening import TASKS, fit_judge, fit_margins, rate
-from services.trainer.recipes.post_train.material import NEUTRAL, Item, Material, edit_towards
+from services.trainer.recipes.post_train.material import Item, Material, edit_towards
+from services.trainer.recipes.post_train.outcome import write_benchmark, write_outcome
+from services.trainer.recipes.post_train.readers import Reader
+from services.trainer.recipes.post_train.recordings import Sentences, load, nano_sentences, plan, record
 from services.trainer.recipes.post_train.workplace import Workplace
 from services.trainer.reward.trainer import RewardTrainer
 from services.trainer.sft.trainer import SftTrainer
-from shared.audio.io import write_audio
 from shared.checkpoints.layout import Checkpoint
 from shared.checkpoints.reward import load_reward
 from shared.checkpoints.step1 import load_step1, load_text_tokenizer
@@ -55,6 +58,7 @@ from shared.codes import Codes
 from shared.errors import UserError
 from shared.inference.port import Inference
 from shared.models.step1 import Step1
+from shared.tags import bracketed_tags
 
 log = logging.getLogger(__name__)
 
@@ -64,17 +68,21 @@ Serve = Callable[[Path, str], Inference]
 SETS = ("unfiltered", "large_margin")
 SYSTEMS = ("base", "sft_unfiltered", "sft_large_margin", "ppo")
 BEST_OF = 8
+ROWS_PER_PIECE = 4
+STEPS = (("sft_unfiltered", "sft_large_margin"), ("sft_large_margin", "ppo"))
+"""Which system is to beat which."""
 
 
 @dataclass(eq=False)
 class PostTrain:
-    """One post-training. `material` may be None for stages that need no recordings."""
+    """One post-training. `readers` (the good teacher first) and `sentences` are wanted by the stage record alone."""
 
     config: PostTrainConfig
     base: Checkpoint
     root: Path
     serve: Serve
-    material: Material | None = None
+    readers: Callable[[], Sequence[Reader]] | None = None
+    sentences: Sentences = nano_sentences
     measures: Measures | None = None
     observer: Observer | None = None
 
@@ -100,20 +108,35 @@ class PostTrain:
                 continue  # the rest of the table needs none of its models
             if (not stages or name in stages) and not self.work.is_done(name):
                 log.info("post-training: %s", name)
+                began, spent = time.monotonic(), time.process_time()
                 summary = stage(self)
-                self.work.finish(name, summary)
+                cost = {"wall_s": time.monotonic() - began, "cpu_s": time.process_time() - spent}
+                self.work.finish(name, summary | {"cost_of_last_start": cost})
+
+    def record(self) -> dict[str, Any]:
+        """Have the teachers read everything, and code it; shard by shard."""
+        if self.readers is None:
+            raise UserError("The stage record needs teachers, and none is here.",
+                            "Run it where the train extra is installed.", "no_readers")  # fmt: skip
+        c, system, readers = self.config, self._system(self.base.root), self.readers()
+        groups = plan(c.record, readers, self.sentences, c.seed)
+        progress = self.observer.progress if self.observer is not None else lambda fraction, note: None
+        return record(groups, readers, lambda waveform: system.tokenize(waveform).mixed, self.root / "recordings",
+                      c.record, workers=c.workers, progress=progress)  # fmt: skip
 
     def judges(self) -> dict[str, Any]:
         """Fit both judges and the margin scorer, each on recordings of its own."""
         material, system = self._material(), self._system(self.base.root)
         report = {}
         for name in ("judge_a", "judge_b"):
-            part: Any = name
-            judge, accuracy = fit_judge(material, part, system, self.config.judge_pairs, self.config.workers)
-            judge.save(self.root / f"{name}.json")
-            report[name] = accuracy
+            report[name] = self.work.once(f"{name}_accuracy.json", partial(self._fit_judge, name, material, system))
         fit_margins(material, self._judge("judge_a"), self.config.judge_pairs).save(self.root / "margin.json")
         return report
+
+    def _fit_judge(self, name: Any, material: Material, system: PortSystem) -> dict[str, Any]:
+        judge, accuracy = fit_judge(material, name, system, self.config.judge_pairs, self.config.workers)
+        judge.save(self.root / f"{name}.json")
+        return dict(accuracy)
 
     def data(self) -> dict[str, Any]:
         """Margins for a pool of pairs, two SFT sets of one size, clones, prompts with references, the benchmark."""
@@ -123,10 +146,14 @@ class PostTrain:
         kept = keep_large_margins(pool, Thresholds())
         size = min(c.pairs, len(kept.rows))
         order = np.random.default_rng((c.seed, 1)).permutation(len(pool))[:size]
-        others = [*material.clones(c.clones, c.seed).rows, *material.rehearsal(c.rehearsal, c.seed)]
+        others = [*material.clones(c.clones, c.seed).rows, *material.rehearsal(c.rehearsal, c.seed),
+                  *material.sounds(c.sounds, c.seed)]  # fmt: skip
         rows = {"unfiltered": [pool[k] for k in order], "large_margin": kept.rows[:size]}
         held_out = HeldOut.of("benchmark", [material.row(i, i, edit_towards("emotion/happy"))
                                             for i in material.benchmark])  # fmt: skip
+        if not size:
+            raise UserError("No pair of recordings has a margin of 6 or more.",
+                            "Record more groups, or raise record.strongest.", "no_large_margins")  # fmt: skip
         summary: dict[str, Any] = {"pool": len(pool), "kept": len(kept.rows)}
         for name in SETS:
             dataset = collect(name, [*rows[name], *others], made_by={"seed": c.seed}, on_bad="skip")
@@ -146,7 +173,7 @@ class PostTrain:
             "kept": [m for v in kept.after.values() for m in v],
         }
         draw_histograms(margins, self.root / "margins.png", "margins before and after the threshold")
-        summary["cases"] = self._write_benchmark(material)
+        summary["cases"] = write_benchmark(material, self.root / "benchmark", c.cases, c.seed)
         return summary
 
     def sft(self, name: str) -> dict[str, Any]:
@@ -156,7 +183,7 @@ class PostTrain:
         trainer = SftTrainer(model, self.tokenizer, dataset.rows, self.config.sft, self.work.run(f"sft_{name}"),
                              data={name: dataset.content_hash}, observer=self.observer)  # fmt: skip
         trainer.train()
-        self._write(f"sft_{name}", trainer.state(), {"stage": "sft", "data": dataset.version})
+        self._write(f"sft_{name}", trainer.state(), {"stage": "sft", "data": dataset.version}, sounds_in(dataset.rows))
         return {"steps": trainer.run.total, "left_out": trainer.left_out, "data": dataset.version}
 
     def preferences(self) -> dict[str, Any]:
@@ -167,19 +194,13 @@ class PostTrain:
         model, system = self._model(Checkpoint(checkpoint)), self._system(checkpoint)
         summary: dict[str, Any] = {}
         for name in ("prompts", "held_out"):
-            rows = [row for row in self.work.dataset(name).rows for _ in range(c.candidates)]
-            answers = self._draw(model, rows, seed=c.seed + (name == "held_out"))
-            ratings = rate(self.work, rows, answers, judges, system, Weights(), c.workers)
-            candidates = [
-                Candidate(id=f"{row.id}.{k % c.candidates}", prompt=row.id, mixed=mixed)
-                for k, (row, mixed) in enumerate(zip(rows, answers, strict=True))
-            ]  # fmt: skip
-            scores = {one.id: rating[0] for one, rating in zip(candidates, ratings, strict=True)}
+            rows = self.work.dataset(name).rows
+            lines = self._candidates(name, rows, model, system, judges)
+            candidates = [Candidate(**{k: line[k] for k in ("id", "prompt", "mixed")}) for line in lines]
+            scores = {line["id"]: line["judge_a"] for line in lines}
             pairs = make_pairs({row.id: row for row in rows}, candidates, scores, margin=c.judge_margin,
                                rated_by="acoustic judge a", per_prompt=c.pairs_per_prompt)  # fmt: skip
             self.work.save(collect(f"preferences_{name}", pairs, on_bad="skip"))
-            lines = [one.model_dump(mode="json") | {"judge_a": r[0], "judge_b": r[1]}
-                     for one, r in zip(candidates, ratings, strict=True)]  # fmt: skip
             self.work.write_lines(f"candidates_{name}.jsonl", lines)
             summary[name] = {
                 "candidates": len(candidates),
@@ -187,6 +208,27 @@ class PostTrain:
                 "mean": float(np.mean([*scores.values()])),
             }
         return summary
+
+    def _candidates(
+        self, name: str, rows: Sequence[Row], model: Step1, system: PortSystem, judges: Sequence[AcousticJudge]
+    ) -> list[dict[str, Any]]:
+        """Rated answers to every row, some rows at a time: the pieces that a killed run left are not made again."""
+        c, lines = self.config, []
+        for number, start in enumerate(range(0, len(rows), ROWS_PER_PIECE)):
+            piece = f"candidates/{name}-{number:04d}.jsonl"
+            if not (self.root / piece).exists():
+                asked = [row for row in rows[start : start + ROWS_PER_PIECE] for _ in range(c.candidates)]
+                answers = self._draw(model, asked, seed=(c.seed * 2 + (name == "held_out")) * 100_003 + number)
+                ratings = rate(self.work, asked, answers, judges, system, Weights(), c.workers)
+                self.work.write_lines(piece, [
+                    Candidate(id=f"{row.id}.{k % c.candidates}", prompt=row.id, mixed=mixed).model_dump(mode="json")
+                    | {f"judge_{judge}": rating for judge, rating in zip("ab", found, strict=True)}
+                    for k, (row, mixed, found) in enumerate(zip(asked, answers, ratings, strict=True))
+                ])  # fmt: skip
+            lines += self.work.read_lines(piece)
+            if self.observer is not None:
+                self.observer.progress(min(1.0, (start + ROWS_PER_PIECE) / len(rows)), f"answers to {name}")
+        return lines
 
     def reward(self) -> dict[str, Any]:
         """Train the reward model from the SFT weights; accuracy on held-out pairs, and best of 8 by the other judge."""
@@ -227,7 +269,8 @@ class PostTrain:
             data={"prompts": self.work.dataset("prompts").content_hash}, observer=self.observer,
         )  # fmt: skip
         trainer.train()
-        self._write("ppo", trainer.state(), {"stage": "ppo", "prompts": len(hard)})
+        sounds = sounds_in(self.work.dataset("large_margin").rows)
+        self._write("ppo", trainer.state(), {"stage": "ppo", "prompts": len(hard)}, sounds)
         return {"prompts": len(hard), "checks": trainer.watch.checks}
 
     def evaluate(self) -> dict[str, Any]:
@@ -237,33 +280,45 @@ class PostTrain:
         judge = OfflineJudge(self._judge("judge_b"))
         for name in SYSTEMS:
             checkpoint = self.base.root if name == "base" else self.work.checkpoint(name)
-            run(cases, self._system(checkpoint), judge, self.root / "evaluation" / name,
-                Setup(c.iterations, c.seed, c.workers))  # fmt: skip
+            for seed in range(c.seeds):
+                progress = partial(self._told, f"{name}, seed {seed}")
+                run(cases, self._system(checkpoint), judge, self._results(name, seed),
+                    Setup(c.iterations, c.seed + 1000 * seed, c.workers), progress=progress)  # fmt: skip
         return self._report()
 
     def measure(self) -> dict[str, Any]:
         """Words, voice and naturalness of the benchmark's recordings; the report again."""
         cases = read_cases(self.root / "benchmark" / "cases.jsonl")
         for name in SYSTEMS if self.measures is not None else ():
-            add_measures(cases, self.root / "evaluation" / name, self.measures or NoMeasures())
+            for seed in range(min(self.config.seeds, self.config.measured_seeds)):
+                add_measures(cases, self._results(name, seed), self.measures or NoMeasures(),
+                             progress=partial(self._told, f"{name}, seed {seed}"))  # fmt: skip
         return self._report()
 
+    def _results(self, system: str, seed: int) -> Path:
+        return self.root / "evaluation" / system / f"seed{seed}"
+
+    def _told(self, what: str, fraction: float, note: str) -> None:
+        if self.observer is not None:
+            self.observer.progress(fraction, f"{what}: {note}")
+
     def _report(self) -> dict[str, Any]:
-        results: dict[str, Any] = {name: read_results(self.root / "evaluation" / name) for name in SYSTEMS}
-        report = write_report(results, self.root / "evaluation")
+        runs: dict[str, Any] = {
+            name: [read_results(self._results(name, seed)) for seed in range(self.config.seeds)] for name in SYSTEMS
+        }
+        results = {name: over_seeds(lines) for name, lines in runs.items()}
+        report = write_report(results, self.root / "evaluation", steps=STEPS, seeds=runs)
         tables = {
             name: [{**row, "score": str(row["score"])} for row in summarise(lines)]
             for name, lines in results.items()
             if any("iterations" in line for line in lines)
         }
-        failed = sum("error" in line for lines in results.values() for line in lines)
+        write_outcome(self.work, self.config.candidates, report)
+        failed = sum("error" in line for lines in runs.values() for one in lines for line in one)
         return {"report": str(report), "failed": failed, "systems": tables}
 
     def _material(self) -> Material:
-        if self.material is None:
-            raise UserError("This stage needs recordings, and no material is here.",
-                            "Run judges and data where the corpus lies.", "no_material")  # fmt: skip
-        return self.material
+        return load(self.root / "recordings")
 
     def _judge(self, name: str) -> AcousticJudge:
         return AcousticJudge.load(self.root / f"{name}.json")
@@ -283,9 +338,11 @@ class PostTrain:
         model.trunk.attention = self.config.reward.loop.attention
         return model
 
-    def _write(self, name: str, state: dict[str, torch.Tensor], facts: dict[str, object]) -> None:
+    def _write(
+        self, name: str, state: dict[str, torch.Tensor], facts: dict[str, object], sounds: Sequence[str]
+    ) -> None:  # fmt: skip
         write_checkpoint(self.base, self.work.checkpoint(name), state, name=f"{self.base.metadata.name}-{name}",
-                         version=self.base.metadata.version, facts=facts)  # fmt: skip
+                         version=self.base.metadata.version, facts=facts, sounds=sounds)  # fmt: skip
 
     def _scored(self, scorer: MarginScorer, source: Item, target: Item) -> Row:
         edit = edit_towards(target.manner)
@@ -318,31 +375,15 @@ class PostTrain:
         return {"picked": float(np.mean(picked)), "random": float(np.mean(mean)), "gain": gain.mean, "low": gain.low,
                 "high": gain.high}  # fmt: skip
 
-    def _write_benchmark(self, material: Material) -> int:
-        """Held-out voices and texts in the published format: every label in turn, every voice in turn."""
-        folder = self.root / "benchmark"
-        folder.mkdir(exist_ok=True)
-        neutral = [item for item in material.benchmark if item.manner == NEUTRAL]
-        manners = sorted({i.manner for i in material.training if i.manner.partition("/")[0] in TASKS})
-        rng = np.random.default_rng((self.config.seed, 3))
-        cases = []
-        for number in range(self.config.cases if len(neutral) > 1 else 0):
-            prompt = neutral[int(rng.integers(len(neutral)))]
-            texts = [i.text for i in neutral if i.language == prompt.language and i.text != prompt.text]
-            if not texts:
-                continue
-            task, _, label = manners[number % len(manners)].partition("/")
-            write_audio(prompt.audio(), folder / f"{prompt.id}.flac", "flac")
-            cases.append(Case(
-                id=str(number), speaker=prompt.speaker, gen_text=texts[int(rng.integers(len(texts)))],
-                prompt_audio=f"{prompt.id}.flac", prompt_text=prompt.text, lang=prompt.language,
-                task=task, task_sub=label,  # type: ignore[arg-type]
-            ))  # fmt: skip
-        write_cases(cases, folder / "cases.jsonl")
-        return len(cases)
+
+def sounds_in(rows: Sequence[Row]) -> list[str]:
+    """The paralinguistic tags that the rows teach."""
+    edits = [row.edit for row in rows if row.edit.type == "paralinguistic"]
+    return sorted({tag for edit in edits for tag in bracketed_tags(edit.target_text or "")})
 
 
 STAGES: dict[str, Callable[[PostTrain], dict[str, Any]]] = {
+    "record": PostTrain.record,
     "judges": PostTrain.judges,
     "data": PostTrain.data,
     "sft_unfiltered": lambda post: post.sft("unfiltered"),

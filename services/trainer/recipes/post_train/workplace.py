@@ -6,7 +6,7 @@ It is all that a stage needs besides the material, so it can be carried to anoth
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,9 @@ class Workplace:
         path = self.root / "references" / f"{row.source.sha256}.safetensors"
         if not path.exists():
             path.with_suffix(".json").write_text(json.dumps(features(at_16k(waveform)).tolist()))
-            path.write_bytes(system.tokenize(waveform).to_bytes())
+            partial = path.with_suffix(".partial")
+            partial.write_bytes(system.tokenize(waveform).to_bytes())
+            partial.replace(path)
 
     def reference(self, row: Row) -> tuple[Tokenized, Vector]:
         """The source's tokens and voice, and its acoustic features. Raises UserError when it was not kept."""
@@ -80,8 +82,17 @@ class Workplace:
             raise UserError(f"There is no reference of row {row.id} in {self.root}.", "Run the stage data.")
         return Tokenized.from_bytes(path.read_bytes()), np.asarray(json.loads(path.with_suffix(".json").read_text()))
 
+    def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A JSON document below the root that is made when it is not there: a part of a stage that a kill leaves."""
+        path = self.root / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, make())
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
     def write_lines(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
         """A JSONL file, whole or not at all."""
+        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
         partial = self.root / f"{name}.partial"
         partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         partial.replace(self.root / name)
