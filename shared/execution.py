@@ -180,7 +180,7 @@ class Execution:
         token, metrics = job.last_token, attempt.metrics
         if (rtf := metrics.get("rtf")) is not None:
             telemetry.instruments().rtf.record(rtf, {"editx.step.kind": job.step.kind})
-        moved = self._persist(job, lambda job, now: machine.advance(job, token, now, metrics))
+        moved = self._persist(attempt.latest, lambda job, now: machine.advance(job, token, now, metrics))
         self.held = None
         if moved.is_terminal:
             publish_result(self._bus, moved)
@@ -243,7 +243,7 @@ class Execution:
         until = time.monotonic() + self._settings.lease_s
         while True:
             try:
-                return machine.apply(self._jobs, job.id, move)
+                return machine.apply(self._jobs, job.id, move, job)
             except TransientError:
                 if time.monotonic() > until:
                     raise

@@ -25,7 +25,7 @@ def publish_step(bus: Bus, jobs: JobStore, job: Job) -> Job:
     with telemetry.sending(message.topic, job.id, parent=job.trace):
         trace = telemetry.inject() or dict(job.trace)
         bus.publish(message.topic, *message.model_copy(update={"trace": trace}).to_record())
-    return machine.apply(jobs, job.id, lambda job, now: machine.dispatched(job, message.step_index, now))
+    return machine.apply(jobs, job.id, lambda job, now: machine.dispatched(job, message.step_index, now), job)
 
 
 def publish_unreadable(bus: Bus, delivery: Delivery, error: EditxError) -> None:

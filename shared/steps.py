@@ -71,7 +71,8 @@ class Handler(Protocol):
 class Attempt:
     """The StepContext of a worker.
 
-    `stop` is set by the worker when the job is cancelled, the lease lost, or the worker drains.
+    `stop` is set by the worker when the job is cancelled, the lease lost, or the worker drains. `latest` is the job's
+    record as this attempt stored it last.
     """
 
     def __init__(self, job: Job, jobs: JobStore, store: ArtifactStore, stop: threading.Event | None = None) -> None:
@@ -82,6 +83,7 @@ class Attempt:
         left_s = None if job.deadline is None else job.deadline - jobs.now()
         self.deadline = None if left_s is None else time.monotonic() + left_s
         self.metrics: dict[str, float] = {}
+        self.latest = job
         self._jobs = jobs
         self._store = store
         self._reported_at = 0.0
@@ -102,7 +104,8 @@ class Attempt:
         self._reported_at = now
         token = self.job.last_token
         report: Callable[[Job, float], machine.Move] = lambda job, now: machine.report(job, token, fraction, note, now)  # noqa: E731
-        if machine.apply(self._jobs, self.job.id, report).cancel_requested:
+        self.latest = machine.apply(self._jobs, self.job.id, report, self.latest)
+        if self.latest.cancel_requested:
             self.stop.set()
 
     def measure(self, name: str, value: float) -> None:

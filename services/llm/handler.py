@@ -51,11 +51,7 @@ class GenerateHandler:
         bounds = length_bounds(edit, groups, parameters["text"], max_duration_s=longest_s)
         began = time.perf_counter()
         seeds = [(int(parameters["seed"]) + number * SEED_STRIDE) % (SEED_MAX + 1) for number in range(count)]
-        with ThreadPoolExecutor(count) as pool:  # side by side, so that they share a batch
-            contexts = [contextvars.copy_context() for _ in seeds]  # the trace goes along
-            calls = [pool.submit(context.run, self._generate, step, prompt, seed, bounds)
-                     for context, seed in zip(contexts, seeds, strict=True)]  # fmt: skip
-            found = [call.result() for call in calls]
+        found = self._generate_all(step, prompt, seeds, bounds)
         names = [GENERATED] if count == 1 else [candidate(number) for number in range(count)]
         for name, generated in zip(names, found, strict=True):
             step.write(name, generated.to_bytes())
@@ -64,6 +60,18 @@ class GenerateHandler:
         step.measure("tokens", sum(len(generated.mixed) for generated in found))
         step.measure("collapsed", sum(generated.collapsed for generated in found))
         step.measure("rtf", (time.perf_counter() - began) / seconds)
+
+    def _generate_all(
+        self, step: StepContext, prompt: npt.NDArray[np.int64], seeds: list[int], bounds: tuple[int, int]
+    ) -> list[Generated]:
+        """One candidate per seed, side by side so that they share a batch."""
+        if len(seeds) == 1:
+            return [self._generate(step, prompt, seeds[0], bounds)]
+        with ThreadPoolExecutor(len(seeds)) as pool:
+            contexts = [contextvars.copy_context() for _ in seeds]  # the trace goes along
+            calls = [pool.submit(context.run, self._generate, step, prompt, seed, bounds)
+                     for context, seed in zip(contexts, seeds, strict=True)]  # fmt: skip
+            return [call.result() for call in calls]
 
     def _generate(
         self, step: StepContext, prompt: npt.NDArray[np.int64], seed: int, bounds: tuple[int, int]

@@ -55,18 +55,20 @@ class MemoryBus:
         self._partitions = partitions
         self._capacity = capacity
         self._publish_timeout_s = publish_timeout_s
-        self.changed = threading.Condition()
+        self.lock = threading.RLock()
+        self.moves = 0  # how often members came or went: their shares are dealt anew then
+        self._room = threading.Condition(self.lock)
         self._logs: dict[Partition, _Log] = {}
         self._groups: dict[str, _Group] = {}
         self._closed = False
 
     def publish(self, topic: str, key: str, value: bytes, headers: Headers = ()) -> None:
         partition = Partition(topic, zlib.crc32(key.encode()) % self._partitions)
-        with self.changed:
+        with self.lock:
             log = self._log(partition)
             if topic.startswith(NEWS) and not self._is_read(topic):
                 log.drop_until(log.end - self._capacity + 1)
-            room = self.changed.wait_for(
+            room = self._room.wait_for(
                 lambda: self._closed or len(log.records) < self._capacity, self._publish_timeout_s
             )
             if self._closed:
@@ -74,19 +76,22 @@ class MemoryBus:
             if not room:
                 raise BusUnavailable(f"{topic} holds {self._capacity} records that no reader has done.", "Try later.")
             log.records.append(Delivery(partition, log.end, key, value, headers, time.time()))
-            self.changed.notify_all()
+            for group in self._groups.values():
+                for member in group.members:
+                    if partition in member.assignment():
+                        member.news.notify()
 
     def subscribe(
         self, topics: Sequence[str], group: str, *, on_assigned: Moved | None = None, on_revoked: Moved | None = None
     ) -> MemorySubscription:
-        with self.changed:
+        with self.lock:
             if self._closed:
                 raise BusUnavailable("The bus is closed.")
             joined = self._groups.setdefault(group, _Group())
             joined.topics.update(topics)
             member = MemorySubscription(self, group, tuple(topics), on_assigned, on_revoked)
             joined.members.append(member)
-            self.changed.notify_all()
+            self._deal_anew()
             return member
 
     def ping(self) -> None:
@@ -94,15 +99,16 @@ class MemoryBus:
             raise BusUnavailable("The bus is closed.")
 
     def close(self) -> None:
-        with self.changed:
+        with self.lock:
             self._closed = True
+            self._deal_anew()
             for group in self._groups.values():
                 group.members.clear()
-            self.changed.notify_all()
+            self._room.notify_all()
 
     def backlog(self, topic: str, group: str) -> int:
         """Records of a topic that a group has not committed."""
-        with self.changed:
+        with self.lock:
             partitions = [Partition(topic, number) for number in range(self._partitions)]
             return sum(self._log(part).end - self.committed(group, part) for part in partitions)
 
@@ -128,7 +134,7 @@ class MemoryBus:
 
     def commit(self, member: MemorySubscription, positions: Mapping[Partition, int]) -> None:
         """Store positions for a member that owns the partitions, and forget records that every group has done."""
-        with self.changed:
+        with self.lock:
             group = self._groups[member.group]
             lost = positions.keys() - self.assigned(member)
             if lost:
@@ -137,15 +143,22 @@ class MemoryBus:
                 group.committed[partition] = offset
                 readers = [other for other in self._groups.values() if partition.topic in other.topics]
                 self._log(partition).drop_until(min(reader.committed.get(partition, 0) for reader in readers))
-            self.changed.notify_all()
+            self._room.notify_all()
 
     def leave(self, member: MemorySubscription) -> None:
         """Take a member out of its group; the others take over its partitions."""
-        with self.changed:
+        with self.lock:
             members = self._groups[member.group].members
             if member in members:
                 members.remove(member)
-            self.changed.notify_all()
+            self._deal_anew()
+
+    def _deal_anew(self) -> None:
+        """Have every member look at its share again."""
+        self.moves += 1
+        for group in self._groups.values():
+            for member in group.members:
+                member.news.notify()
 
     def _is_read(self, topic: str) -> bool:
         return any(topic in member.topics for group in self._groups.values() for member in group.members)
@@ -162,7 +175,9 @@ class MemorySubscription:
     ) -> None:
         self.group = group
         self.topics = topics
+        self.news = threading.Condition(bus.lock)
         self._bus = bus
+        self._moves_seen = -1
         self._on_assigned = on_assigned
         self._on_revoked = on_revoked
         self._positions: dict[Partition, int] = {}
@@ -172,16 +187,17 @@ class MemorySubscription:
     def poll(self, timeout_s: float, max_records: int = 1) -> list[Delivery]:
         until = time.monotonic() + timeout_s
         while True:
-            self._follow_assignment()
-            with self._bus.changed:
-                if self._bus.assigned(self) != self._positions.keys():
+            if self._moves_seen != self._bus.moves:
+                self._follow_assignment()
+            with self._bus.lock:
+                if self._moves_seen != self._bus.moves:
                     continue
                 if found := self._take(max_records):
                     return found
                 remaining = until - time.monotonic()
                 if remaining <= 0:
                     return []
-                self._bus.changed.wait(remaining)
+                self.news.wait(remaining)
 
     def commit(self, positions: Mapping[Partition, int]) -> None:
         self._bus.commit(self, positions)
@@ -200,7 +216,8 @@ class MemorySubscription:
         self._positions.clear()
 
     def _follow_assignment(self) -> None:
-        with self._bus.changed:
+        with self._bus.lock:
+            self._moves_seen = self._bus.moves
             wanted = self._bus.assigned(self)
             lost, gained = frozenset(self._positions.keys() - wanted), wanted - self._positions.keys()
             for partition in lost:

@@ -248,13 +248,14 @@ def close_cancelled(job: Job, token: int, now: float) -> Move:
     return _close(job, JobState.CANCELLED, now)
 
 
-def apply(jobs: JobStore, job_id: str, move: Callable[[Job, float], Move]) -> Job:
+def apply(jobs: JobStore, job_id: str, move: Callable[[Job, float], Move], known: Job | None = None) -> Job:
     """Run a move on a stored job; reads and decides anew when the record changed in between.
 
-    Returns the stored record.
+    `known` saves the first reading for a caller that has just stored the record itself. Returns the stored record.
     """
     for tries in range(CONFLICTS_MAX):
-        job = jobs.get(job_id)
+        job = known or jobs.get(job_id)
+        known = None
         moved = move(job, jobs.now())
         if moved.job is job:
             return job

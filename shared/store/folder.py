@@ -36,8 +36,8 @@ class SignatureRefused(UserError):
 
 
 class FolderStore:
-    """An ArtifactStore in the folder `root`: objects/ holds the files, facts/ their types and hashes, tmp/ unfinished
-    puts.
+    """An ArtifactStore in the folder `root`: objects/ holds the files, each with its type and hash in a hidden file
+    beside it (keys never begin with a dot), tmp/ unfinished puts.
 
     Presigned URLs are `base_url`/{key} with an HMAC-SHA256 signature that `check_signature` verifies for whoever
     serves them; without `base_url` they are file: URLs for readers on this machine. `secret` keeps signatures valid
@@ -53,12 +53,12 @@ class FolderStore:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.root = root.resolve()
-        self._objects, self._facts, self._tmp = self.root / "objects", self.root / "facts", self.root / "tmp"
+        self._objects, self._tmp = self.root / "objects", self.root / "tmp"
         self._base_url = (base_url or self._objects.as_uri()).rstrip("/")
         self._secret = secret or secrets.token_bytes(32)
         self._clock = clock
         try:
-            for folder in (self._objects, self._facts, self._tmp):
+            for folder in (self._objects, self._tmp):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _unavailable(self.root, error) from error
@@ -76,7 +76,7 @@ class FolderStore:
                 os.fsync(file.fileno())
                 facts = {"size": size, "sha256": digest.hexdigest(), "content_type": content_type}
                 self._write_facts(key, facts)
-                _move(name, target)
+                _below(target, lambda: os.replace(name, target))
         except (NotADirectoryError, IsADirectoryError, FileExistsError) as error:
             raise InvalidKey(f"{key} is a folder of other keys, or lies below an object.") from error
         except OSError as error:
@@ -112,8 +112,7 @@ class FolderStore:
             path.unlink()
         with suppress(FileNotFoundError, NotADirectoryError):
             self._facts_path(key).unlink()
-        for folder, top in ((path.parent, self._objects), (self._facts_path(key).parent, self._facts)):
-            _remove_empty(folder, top)
+        _remove_empty(path.parent, self._objects)
 
     def delete_prefix(self, prefix: str) -> int:
         if not prefix:
@@ -148,8 +147,9 @@ class FolderStore:
 
     def ping(self) -> None:
         try:
-            with _temporary(self._tmp) as (file, _):
+            with _temporary(self._tmp) as (file, name):
                 file.write(b"ping")
+            os.unlink(name)
         except OSError as error:
             raise _unavailable(self.root, error) from error
 
@@ -165,11 +165,12 @@ class FolderStore:
         return self._objects / check_key(key)
 
     def _facts_path(self, key: str) -> Path:
-        return self._facts / f"{key}.json"
+        path = self._path(key)
+        return path.with_name(f".{path.name}.json")
 
     def _keys(self, prefix: str) -> set[str]:
         top = self._objects / Path(prefix).parent if "/" in prefix.rstrip("/") else self._objects
-        found = (Path(folder, name) for folder, _, names in os.walk(top) for name in names)  # skips what goes meanwhile
+        found = (Path(folder, name) for folder, _, names in os.walk(top) for name in names if name[0] != ".")
         keys = (path.relative_to(self._objects).as_posix() for path in found)
         return {key for key in keys if key.startswith(prefix)}
 
@@ -183,15 +184,13 @@ class FolderStore:
         return ArtifactInfo(key, status.st_size, content_type, status.st_mtime, facts["sha256"] if same else "")
 
     def _write_facts(self, key: str, facts: dict[str, object]) -> None:
-        path = self._facts_path(key)
-        with _temporary(self._tmp) as (file, name):
-            file.write(json.dumps(facts).encode())
-            file.flush()
-            _move(name, path)
+        """In place: facts that are torn by a crash count as none."""
+        path, text = self._facts_path(key), json.dumps(facts)
+        _below(path, lambda: path.write_text(text))
 
 
 class _temporary:
-    """A new file in `folder`, removed at the end unless it was renamed."""
+    """A new file in `folder`, to be renamed; removed if that fails."""
 
     def __init__(self, folder: Path) -> None:
         descriptor, self._name = tempfile.mkstemp(dir=folder)
@@ -200,22 +199,24 @@ class _temporary:
     def __enter__(self) -> tuple[BinaryIO, str]:
         return self._file, self._name
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failed: object, *_: object) -> None:
         self._file.close()
-        with suppress(FileNotFoundError):
-            os.unlink(self._name)
+        if failed is not None:
+            with suppress(FileNotFoundError):
+                os.unlink(self._name)
 
 
-def _move(name: str, target: Path) -> None:
-    """Rename a file into a folder that is made if need be, also while another thread removes it as empty."""
+def _below(path: Path, write: Callable[[], object]) -> None:
+    """Write to a path whose folder is made if need be, also while another thread removes it as empty."""
     for left in reversed(range(MOVES_MAX)):
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(name, target)
+            write()
             return
-        except (FileNotFoundError, FileExistsError):  # the second is mkdir's where the folder goes as it looks
+        except FileNotFoundError:
             if not left:
                 raise
+            with suppress(FileExistsError, FileNotFoundError):  # where the folder goes as mkdir looks
+                path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _remove_empty(folder: Path, top: Path) -> None:
