@@ -20,7 +20,7 @@ from torch import Tensor
 from shared.codes import GROUP, LINGUISTIC_SIZE, Codes, split, time_align
 from shared.errors import TransientError, UserError
 from shared.models.flow import Flow, FlowStream
-from shared.models.vocoder_stream import Vocoder, VocoderStream
+from shared.models.vocoder_stream import Vocoder, open_stream
 
 Audio = npt.NDArray[np.float32]
 FILLER = (0, LINGUISTIC_SIZE, LINGUISTIC_SIZE, LINGUISTIC_SIZE)  # completes a group that was cut short, as published
@@ -73,7 +73,7 @@ class Session:
         self._flow, self._voice = flow, voice
         self._chunks = list(chunk_tokens)
         self._steps, self._cfg_rate, self._seed = steps, cfg_rate, seed
-        self._vocoder = VocoderStream(vocoder, seed=seed)
+        self._vocoder = open_stream(vocoder, seed)
         self._stream: FlowStream | None = None
         self._mixed: Codes = np.zeros(0, np.int32)  # of a group that is not whole yet
         self._pairs = voice.pairs[:0]  # waiting, the look-ahead included

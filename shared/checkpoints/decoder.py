@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,6 +21,7 @@ from shared.checkpoints.weights import read_weights
 from shared.models.bigvgan import BigVGAN, BigVGANConfig
 from shared.models.flow import Flow, FlowConfig
 from shared.models.hift import HiFT, HiFTConfig
+from shared.models.spectral import SpectralRows, SpectralVocoder
 from shared.models.vocoder_stream import Vocoder
 from shared.models.weight_norm import fold_weight_norm
 
@@ -159,35 +160,8 @@ def load_vocoder(
     model = model.eval().to(device)
     if isinstance(model, HiFT | BigVGAN):
         return model if dtype == torch.float32 else model.lower_precision(dtype)
+    assert isinstance(model, SpectralVocoder)
     return SpectralRows(model)
-
-
-class SpectralRows(nn.Module):
-    """A spectral vocoder with a seed for every row. Its phase starts anew in every call, so a stream hands over all."""
-
-    hop = SAMPLES_PER_FRAME
-    context_frames = 1_000_000
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    @torch.inference_mode()
-    def forward(self, mel: Tensor, lengths: Tensor | None = None, seeds: Sequence[int] | None = None) -> Tensor:
-        """mel (B, 80, T), lengths (B,) in frames, one seed per row (0 when not given) -> waveform (B, T*480)."""
-        seeds = seeds or [0] * len(mel)
-        waves: dict[int, Tensor] = {}
-        for seed in dict.fromkeys(seeds):
-            rows = [i for i, own in enumerate(seeds) if own == seed]
-            made = self.model(mel[rows].float(), None if lengths is None else lengths[rows], seed=seed)
-            waves |= dict(zip(rows, made, strict=True))
-        return torch.stack([waves[i] for i in range(len(mel))])
-
-
-def _spectral(section: Mapping[str, Any]) -> nn.Module:
-    from shared.models.spectral import SpectralVocoder
-
-    return SpectralVocoder.from_config(dict(section))
 
 
 def _bigvgan(section: Mapping[str, Any]) -> BigVGAN:
@@ -199,7 +173,7 @@ def _bigvgan(section: Mapping[str, Any]) -> BigVGAN:
 _BUILD: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {
     "hift": lambda section: HiFT(HiFTConfig.from_dict(section)),
     "bigvgan": _bigvgan,
-    "spectral": _spectral,
+    "spectral": lambda section: SpectralVocoder.from_config(dict(section)),
 }
 
 

@@ -10,6 +10,7 @@ ConvNeXt blocks after Vocos (arXiv 2306.00814). Knows nothing about checkpoints 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,8 @@ SILENCE = math.log(1e-5)
 RIGHT_CONTEXT = 48
 """Silent frames after the end: more than the receptive field, so that a row ends the same way alone and in a
 longer batch."""
+BLOCK_REACH = 3
+"""Frames on either side of a convolution of seven."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,16 @@ class SpectralConfig:
     @property
     def bins(self) -> int:
         return self.n_fft // 2 + 1
+
+    @property
+    def f0_reach(self) -> int:
+        """Mel frames on either side that an F0 depends on."""
+        return 1 + BLOCK_REACH * self.f0_blocks
+
+    @property
+    def filter_reach(self) -> int:
+        """Mel frames on either side that a predicted spectrum depends on, beside what F0 depends on."""
+        return BLOCK_REACH * (1 + self.blocks) + math.ceil(BLOCK_REACH * self.fine_blocks / self.upsample) + 2
 
 
 class ConvNeXtBlock(nn.Module):
@@ -103,42 +116,48 @@ class F0Predictor(nn.Module):
 
 
 def harmonic_excitation(f0: Tensor, hop: int, sampling_rate: int, start_phase: Tensor | None = None) -> Tensor:
-    """Equal cosines at every harmonic of F0 below the Nyquist frequency, in closed form. (B, T) Hz -> (B, T * hop).
+    """Equal cosines at every harmonic of F0 below the Nyquist frequency. (B, T) Hz -> (B, T * hop).
 
-    The sum of cos(k phi) for k = 1..K is (sin((K + 1/2) phi) / sin(phi / 2) - 1) / 2. The phase is summed in
-    float64, since float32 drifts by a cycle within minutes. Scaled to unit power; zero where F0 is zero.
+    The phase is summed in float64, since float32 drifts by a cycle within minutes. Scaled to unit power; zero where F0
+    is zero. `start_phase` (B,) is in cycles.
     """
-    held = f0.clone()
-    voiced = (f0 > 0).float()
-    samples = _interpolate(_fill_gaps(held), hop).double()
-    gate = _interpolate(voiced, hop)
-    phase = torch.cumsum(samples / sampling_rate, dim=1)
+    at_samples = interpolate(fill_gaps(f0), hop).double()
+    cycles = torch.cumsum(at_samples / sampling_rate, dim=1)
     if start_phase is not None:
-        phase = phase + start_phase[:, None]
-    phase = (phase - phase.floor()) * 2 * math.pi
-    fitting = 0.5 * sampling_rate / samples - 0.5
-    harmonics = torch.floor(fitting)
+        cycles = cycles + start_phase[:, None]
+    return harmonics(at_samples, cycles, sampling_rate) * interpolate((f0 > 0).float(), hop)
+
+
+def harmonics(f0: Tensor, cycles: Tensor, sampling_rate: int) -> Tensor:
+    """The sum of cos(k phi) over the harmonics k of F0 (B, n) in Hz at the phase `cycles` (B, n), in closed form.
+
+    For k = 1..K it is (sin((K + 1/2) phi) / sin(phi / 2) - 1) / 2. Unit power.
+    """
+    phase = (cycles - cycles.floor()) * 2 * math.pi
+    fitting = 0.5 * sampling_rate / f0 - 0.5
+    whole = torch.floor(fitting)
     half = torch.sin(phase / 2)
     safe = torch.where(half.abs() < 1e-4, torch.full_like(half, 1e-4), half)
-    total = torch.where(half.abs() < 1e-4, 2 * harmonics + 1, torch.sin((harmonics + 0.5) * phase) / safe) / 2 - 0.5
-    total = total + (fitting - harmonics) * torch.cos(
-        (harmonics + 1) * phase
-    )  # the next one fades in, or F0 would click
-    return (total / torch.sqrt(fitting / 2)).float() * gate
+    total = torch.where(half.abs() < 1e-4, 2 * whole + 1, torch.sin((whole + 0.5) * phase) / safe) / 2 - 0.5
+    total = total + (fitting - whole) * torch.cos((whole + 1) * phase)  # the next one fades in, or F0 would click
+    return (total / torch.sqrt(fitting / 2)).float()
 
 
-def _fill_gaps(f0: Tensor) -> Tensor:
-    """Unvoiced frames take the last voiced F0 (the first one at the start, 100 Hz in silence), so that no glide
-    passes through zero."""
+def fill_gaps(f0: Tensor, held: Tensor | None = None) -> Tensor:
+    """F0 (B, T) with the last voiced value in unvoiced frames, so that no glide passes through zero.
+
+    `held` (B,) is the last voiced F0 before, 0 where there was none. Before anything was voiced it is 100 Hz, and in
+    the very frame before the first voiced one that one's F0.
+    """
     frames = torch.arange(f0.shape[1], device=f0.device).expand_as(f0)
     last = torch.where(f0 > 0, frames, -1).cummax(1).values
-    filled = torch.gather(f0, 1, last.clamp(min=0))
-    first = torch.where(f0 > 0, f0, 0.0).gather(1, (f0 > 0).float().argmax(1, keepdim=True))
-    filled = torch.where(last < 0, first, filled)
-    return torch.where(filled > 0, filled, 100.0)
+    before = torch.zeros_like(f0[:, 0]) if held is None else held
+    following = F.pad(f0[:, 1:], (0, 1))
+    first = torch.where(before[:, None] > 0, before[:, None], torch.where(following > 0, following, 100.0))
+    return torch.where(last < 0, first, torch.gather(f0, 1, last.clamp(min=0)))
 
 
-def _interpolate(frames: Tensor, hop: int) -> Tensor:
+def interpolate(frames: Tensor, hop: int) -> Tensor:
     """(B, T) -> (B, T * hop), linear between frame centres."""
     return F.interpolate(frames[:, None], scale_factor=hop, mode="linear", align_corners=False)[:, 0]
 
@@ -196,15 +215,16 @@ class SpectralVocoder(nn.Module):
         c = self.config
         length = mel.shape[-1] * c.hop_size
         pulses = harmonic_excitation(f0.float(), c.hop_size, c.sampling_rate, start_phase)
-        harmonic, phase, aperiodic = self.filters(mel, f0)
-        frames = harmonic.shape[-1]
-        spectrum = self._stft(pulses)[..., :frames] * torch.polar(harmonic.exp(), phase)
-        spectrum = spectrum + self._stft(noise)[..., :frames] * aperiodic.exp()
+        filters = self.filters(mel, f0)
+        frames = filters[0].shape[-1]
+        spectrum = shaped(self.spectra(pulses)[..., :frames], self.spectra(noise)[..., :frames], *filters)
         spectrum = F.pad(spectrum, (0, 1))
         return torch.istft(spectrum, c.n_fft, c.hop, window=self.window, length=length)
 
-    def _stft(self, wave: Tensor) -> Tensor:
-        return torch.stft(wave, self.config.n_fft, self.config.hop, window=self.window, return_complex=True)
+    def spectra(self, wave: Tensor, *, centred: bool = True) -> Tensor:
+        """Short-time spectra (B, bins, frames) of (B, n) samples; `centred`: mirrored by half a window at both ends."""
+        c = self.config
+        return torch.stft(wave, c.n_fft, c.hop, window=self.window, center=centred, return_complex=True)
 
     def forward(self, mel: Tensor, lengths: Tensor | None = None, seed: int = 0) -> Tensor:
         """Mel to waveform.
@@ -225,6 +245,35 @@ class SpectralVocoder(nn.Module):
         noise = torch.randn(mel.shape[-1] * self.config.hop_size, generator=generator).to(mel.device).expand(batch, -1)
         wave = self.synthesise(mel, self.f0_predictor.decode(mel), noise)[:, : frames * self.config.hop_size]
         return wave.clamp(-0.99, 0.99) * real.repeat_interleave(self.config.hop_size, 1)
+
+
+class SpectralRows(nn.Module):
+    """A spectral vocoder with a seed for every row."""
+
+    def __init__(self, model: SpectralVocoder) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def hop(self) -> int:
+        """Samples per mel frame."""
+        return self.model.config.hop_size
+
+    @torch.inference_mode()
+    def forward(self, mel: Tensor, lengths: Tensor | None = None, seeds: Sequence[int] | None = None) -> Tensor:
+        """mel (B, 80, T), lengths (B,) in frames, one seed per row (0 when not given) -> waveform (B, T*480)."""
+        seeds = seeds or [0] * len(mel)
+        waves: dict[int, Tensor] = {}
+        for seed in dict.fromkeys(seeds):
+            rows = [i for i, own in enumerate(seeds) if own == seed]
+            made = self.model(mel[rows].float(), None if lengths is None else lengths[rows], seed=seed)
+            waves |= dict(zip(rows, made, strict=True))
+        return torch.stack([waves[i] for i in range(len(mel))])
+
+
+def shaped(pulses: Tensor, noise: Tensor, harmonic: Tensor, phase: Tensor, aperiodic: Tensor) -> Tensor:
+    """Both excitations' spectra, each times its filter (`SpectralVocoder.filters`), all (B, bins, frames)."""
+    return pulses * torch.polar(harmonic.exp(), phase) + noise * aperiodic.exp()
 
 
 def _mel_to_linear(config: SpectralConfig) -> Tensor:

@@ -1,16 +1,19 @@
-"""One stream through any vocoder: mel in chunks, waveform out, with held-back audio and cross-fades at the seams.
+"""One stream through any vocoder: mel in chunks, waveform out.
 
-The last frames of every chunk are made again with the next, and the two versions are faded into each other. A vocoder
-with a source signal (HiFT) carries that on without a break. Knows nothing about flows, files or services.
+Of HiFT and BigVGAN the last frames of every chunk are made again with the next, and the two versions are faded into
+each other; HiFT's source signal runs on without a break. The spectral vocoder needs no fading (`spectral_stream`).
+Knows nothing about flows, files or services.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from shared.models.hift import HiFT, SourceState
+from shared.models.spectral import SpectralRows
+from shared.models.spectral_stream import SpectralStream
 
 
 class Vocoder(Protocol):
@@ -20,12 +23,30 @@ class Vocoder(Protocol):
     def hop(self) -> int:
         """Samples per mel frame."""
 
+    def __call__(self, mel: Tensor, lengths: Tensor | None = None, seeds: Sequence[int] | None = None) -> Tensor:
+        """mel (B, 80, T), lengths (B,) in frames, one seed per member -> waveform (B, T*hop)."""
+
+
+class FadedVocoder(Vocoder, Protocol):
+    """A vocoder that is streamed by fading."""
+
     @property
     def context_frames(self) -> int:
         """Past frames that a stream hands over with every chunk, so that its start does not sound like one."""
 
-    def __call__(self, mel: Tensor, lengths: Tensor | None = None, seeds: Sequence[int] | None = None) -> Tensor:
-        """mel (B, 80, T), lengths (B,) in frames, one seed per member -> waveform (B, T*hop)."""
+
+class MelStream(Protocol):
+    """One stream. Use from one thread at a time."""
+
+    def push(self, mel: Tensor, *, last: bool = False) -> Tensor:
+        """mel (80, T) to the samples that are now certain, (n,) float32; all that is left when `last`."""
+
+
+def open_stream(vocoder: Vocoder, seed: int) -> MelStream:
+    """A stream through a vocoder, in the way that its kind needs."""
+    if isinstance(vocoder, SpectralRows):
+        return SpectralStream(vocoder.model, seed=seed)
+    return VocoderStream(cast(FadedVocoder, vocoder), seed=seed)
 
 
 def crossfade(before: Tensor, after: Tensor) -> Tensor:
@@ -48,7 +69,7 @@ class VocoderStream:
     have neighbours.
     """
 
-    def __init__(self, vocoder: Vocoder, *, seed: int = 0, hold_frames: int = 8, fade_frames: int = 3) -> None:
+    def __init__(self, vocoder: FadedVocoder, *, seed: int = 0, hold_frames: int = 8, fade_frames: int = 3) -> None:
         self._vocoder, self._seed = vocoder, seed
         self._context, self._hold, self._fade = vocoder.context_frames, hold_frames, fade_frames
         self._generator = torch.Generator().manual_seed(seed)
