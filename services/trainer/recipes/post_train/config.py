@@ -83,7 +83,7 @@ def cpu() -> PostTrainConfig:
                   loop=replace(big.sft.loop, device="cpu", save_every=20))  # fmt: skip
     return replace(
         big, device="cpu", workers=2, slots=16,
-        record=RecordConfig(groups=900, benchmark_groups=40, teacher_share=0.08),
+        record=RecordConfig(groups=1000, benchmark_groups=40, teacher_share=0.08),
         pairs=600, clones=200, rehearsal=200, sounds=120, judge_pairs=200, prompts=60, held_out=24,
         candidates=8, cases=32, sft=sft,
         reward=replace(big.reward, pairs_per_batch=8, loop=replace(big.reward.loop, device="cpu", save_every=20)),

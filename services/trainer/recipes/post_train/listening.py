@@ -23,16 +23,19 @@ from shared.codes import Codes
 from shared.errors import EditxError, UserError
 
 TASKS = ("emotion", "style")
+CLEAR = 0.6
+"""Weaker readings do not tell a judge what their label sounds like; margins are learned from all."""
 
 
 def fit_judge(
     material: Material, part: Part, system: PortSystem, count: int, workers: int
 ) -> tuple[AcousticJudge, dict[str, float]]:  # fmt: skip
-    """A judge from up to `count` recordings of a part; accuracy per task on a fifth that was held back."""
+    """A judge from up to `count` clear recordings of a part; accuracy per task on a fifth that was held back."""
     tasks = {}
     report = {}
     for task in TASKS:
-        chosen = material.pairs(part, (task,))[: count // len(TASKS)]
+        clear = [pair for pair in material.pairs(part, (task,)) if pair[1].strength >= CLEAR]
+        chosen = clear[: count // len(TASKS)]
         plain = [(neutral, neutral) for neutral in {pair[0].id: pair[0] for pair in chosen}.values()]
         pairs = [*chosen, *plain[: max(2, len(chosen) // 4)]]
 

@@ -28,6 +28,8 @@ _TENTHS: dict[int, Part] = {0: "judge_a", 1: "judge_b", 2: "held_out", 3: "promp
 class Item:
     """One recording: codes, words, voice, manner ("neutral", "emotion/happy"), and the samples when they are wanted.
 
+    `strength` is how much of its manner the reader was asked for.
+
     Where the material has them: `noisy` and `paused` are the codes of the recording in noise and with pauses put in,
     `tagged` is its text with a [tag] and the codes of a reading with that sound.
     """
@@ -45,6 +47,7 @@ class Item:
     noisy: Codes | None = None
     paused: Codes | None = None
     tagged: tuple[str, Codes] | None = None
+    strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Material:
 
     def part(self, part: Part) -> list[Item]:
         """The items of one part: groups are dealt out by tenths."""
-        return [item for item in self.training if _TENTHS.get(item.group % 10, "sft") == part]
+        return [item for item in self.training if part_of(item.group) == part]
 
     def pairs(self, part: Part, kinds: Sequence[str] = ("emotion", "style", "speed")) -> list[tuple[Item, Item]]:
         """Neutral and expressive items of one group, in the order of the material."""
@@ -117,6 +120,11 @@ class Material:
             return made
 
         return collect("clones", rows(), on_bad="skip")
+
+
+def part_of(group: int) -> Part:
+    """What a group is kept for."""
+    return _TENTHS.get(group % 10, "sft")
 
 
 def edit_towards(manner: str) -> Edit:

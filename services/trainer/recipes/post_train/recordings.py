@@ -22,7 +22,7 @@ import numpy as np
 from services.trainer.data import degrade
 from services.trainer.data import paralinguistic_sounds as sounds
 from services.trainer.data.rows import reason
-from services.trainer.recipes.post_train.material import NEUTRAL, Item, Material
+from services.trainer.recipes.post_train.material import NEUTRAL, Item, Material, part_of
 from services.trainer.recipes.post_train.readers import Reader
 from shared.audio.io import Waveform
 from shared.codes import Codes
@@ -47,7 +47,8 @@ class RecordConfig:
     `groups` of `manners` emotions or styles beside the neutral reading, of which `teacher_share` are the good
     teacher's (of these `mandarin_share` Mandarin) and the rest the cheap one's; every third also has a speed, every
     third noise and pauses, every third a made sound. `benchmark_groups` neutral readings by held-out voices. Strengths
-    of manners lie evenly between `weakest` and `strongest`. A shard of `shard_groups` groups is what a kill may cost.
+    of manners lie evenly between `weakest` and `strongest`, in the judges' parts more at the top. A shard of
+    `shard_groups` groups is what a kill may cost.
     """
 
     groups: int = 3000
@@ -97,7 +98,9 @@ def plan(config: RecordConfig, readers: Sequence[Reader], sentences: Sentences, 
         readings = [(NEUTRAL, 1.0)]
         if not is_benchmark:
             chosen = [str(m) for m in rng.choice(MANNERS, config.manners, replace=False)]
-            readings += [(m, float(rng.uniform(config.weakest, config.strongest))) for m in chosen]
+            draws = 2 if part_of(number) in ("judge_a", "judge_b") else 1  # judges learn from the strong ones
+            low, high = config.weakest, config.strongest
+            readings += [(m, float(rng.uniform(low, high, draws).max())) for m in chosen]
             readings += [(str(rng.choice(SPEEDS)), 1.0)] if number % 3 == 0 else []
         tag = None if is_benchmark or number % 3 != 2 else sounds.TAGS[number // 3 % len(sounds.TAGS)]
         groups.append(Group(
@@ -256,4 +259,5 @@ def _item(facts: Mapping[str, Any], audio: Path, codes: Codes) -> Item:
     return Item(
         facts["id"], facts["group"], facts["text"], facts["language"], facts["speaker"], facts["manner"],
         spans["clean"], read, facts["licence"], facts["origin"], spans.get("noisy"), spans.get("paused"), tagged,
+        facts["strength"],
     )  # fmt: skip
