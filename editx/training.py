@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from services.llm.engine import Engine, EngineSettings, Generation
+from services.llm.engine import Engine
+from services.llm.requests import EngineSettings, Generation
 from services.llm.sampling import SamplingSettings
 from services.trainer.core.runs import Observer
 from services.trainer.core.sampling import Vocabulary

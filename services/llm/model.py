@@ -12,13 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from services.llm.engine import Engine, EngineSettings, Generation, Outcome
+from services.llm.engine import Engine
+from services.llm.requests import EngineSettings, Generation, GenerationEngine, Outcome
 from services.llm.sampling import SamplingSettings
 from services.llm.settings import LlmSettings
 from shared.checkpoints import Checkpoint
-from shared.checkpoints.step1 import load_step1, load_text_tokenizer
+from shared.checkpoints.step1 import Quantize, load_config, load_step1, load_text_tokenizer
 from shared.errors import UserError
 from shared.inference.port import InferenceRequest, Parameters, Tensors
+from shared.models.step1 import Step1Config
+from shared.prompts import TextTokenizer
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -38,26 +41,8 @@ class LlmModel:
     ) -> None:
         """Load the checkpoint's language model. `device` overrules the settings'."""
         chosen = settings or LlmSettings()
-        model = load_step1(
-            checkpoint,
-            dtype=DTYPES[chosen.dtype],
-            device=device or chosen.device,
-            quantize="int8" if chosen.quantize == "int8" else None,
-        )
-        text = load_text_tokenizer(checkpoint)
-        if text.vocab_size > model.config.vocab_size:
-            raise UserError(
-                f"The text tokenizer has {text.vocab_size} pieces, the language model {model.config.vocab_size}.",
-                "Take both from the same release.", "checkpoint_invalid",
-            )  # fmt: skip
-        bounds = EngineSettings(
-            slots=chosen.slots,
-            context=min(chosen.context, model.config.max_seq_len),
-            queue_limit=chosen.queue_limit,
-            prefix_cache_tokens=chosen.prefix_cache_tokens,
-            stream_groups=chosen.stream_groups,
-        )
-        self.engine = Engine(model, audio_offset=text.audio_offset, eos=text.eos, settings=bounds)
+        make = _vllm_engine if chosen.engine == "vllm" else _builtin_engine
+        self.engine = make(checkpoint, device or chosen.device, chosen)
 
     def infer(self, requests: Sequence[InferenceRequest]) -> list[Tensors | Exception]:
         """One answer per request; they run side by side and need not be alike in anything."""
@@ -95,6 +80,48 @@ class LlmModel:
                 streams=streams,
             )
         )
+
+
+def _builtin_engine(checkpoint: Checkpoint, device: str, chosen: LlmSettings) -> GenerationEngine:
+    int8: Quantize = "int8" if chosen.quantize == "int8" else None
+    model = load_step1(checkpoint, dtype=DTYPES[chosen.dtype], device=device, quantize=int8)
+    text = _text_tokenizer(checkpoint, model.config)
+    return Engine(model, audio_offset=text.audio_offset, eos=text.eos, settings=_bounds(chosen, model.config))
+
+
+def _vllm_engine(checkpoint: Checkpoint, device: str, chosen: LlmSettings) -> GenerationEngine:
+    if chosen.quantize != "none":
+        raise UserError(f"EDITX_LLM_QUANTIZE={chosen.quantize} is for the built-in engine.",
+                        "Leave it out, or set EDITX_LLM_ENGINE=builtin.", "invalid_setting")  # fmt: skip
+    from services.llm.vllm_engine import VllmEngine, VllmSettings
+
+    config = load_config(checkpoint)
+    text = _text_tokenizer(checkpoint, config)
+    return VllmEngine(
+        checkpoint.step1_dir, vocabulary=config.vocab_size, audio_offset=text.audio_offset, eos=text.eos, device=device,
+        settings=_bounds(chosen, config),
+        vllm=VllmSettings(chosen.dtype, chosen.vllm_memory_share, chosen.vllm_cache_gib),
+    )  # fmt: skip
+
+
+def _text_tokenizer(checkpoint: Checkpoint, config: Step1Config) -> TextTokenizer:
+    text = load_text_tokenizer(checkpoint)
+    if text.vocab_size > config.vocab_size:
+        raise UserError(
+            f"The text tokenizer has {text.vocab_size} pieces, the language model {config.vocab_size}.",
+            "Take both from the same release.", "checkpoint_invalid",
+        )  # fmt: skip
+    return text
+
+
+def _bounds(chosen: LlmSettings, config: Step1Config) -> EngineSettings:
+    return EngineSettings(
+        slots=chosen.slots,
+        context=min(chosen.context, config.max_seq_len),
+        queue_limit=chosen.queue_limit,
+        prefix_cache_tokens=chosen.prefix_cache_tokens,
+        stream_groups=chosen.stream_groups,
+    )
 
 
 def sampling_settings(parameters: Parameters) -> SamplingSettings:

@@ -11,6 +11,9 @@ class LlmSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="EDITX_LLM_", frozen=True)
 
+    engine: Literal["builtin", "vllm"] = Field(
+        default="builtin", description="What runs the model. vllm: for GPUs, where the package is installed."
+    )
     device: str = Field(default="cpu", description="Device of the model: cpu, cuda, cuda:0.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Of weights and cache. auto: bfloat16 on GPUs and on CPUs with instructions for it."
@@ -22,6 +25,13 @@ class LlmSettings(BaseSettings):
     context: int = Field(default=4096, ge=64, description="Most tokens of one sequence, prompt and result together.")
     queue_limit: int = Field(default=256, ge=1, description="Requests that may wait; more are refused as overload.")
     prefix_cache_tokens: int = Field(
-        default=16384, ge=0, description="Prompt tokens whose keys and values are kept, 32 KiB each in the 3B release."
+        default=16384, ge=0, description="Prompt tokens whose keys and values are kept, 32 KiB each in the 3B release. "
+        "vLLM keeps as many as it has room for, or none for 0."
     )
     stream_groups: int = Field(default=5, ge=1, description="Groups of five tokens (120 ms) in a piece of a stream.")
+    vllm_memory_share: float = Field(
+        default=0.9, gt=0.0, le=1.0, description="Of the GPU's memory that vLLM takes for weights, keys and values."
+    )
+    vllm_cache_gib: float = Field(
+        default=0.0, ge=0.0, description="Memory for vLLM's keys and values; 0: what the share leaves. Set it on CPUs."
+    )

@@ -1,6 +1,7 @@
 """A tiny checkpoint of the language model: random weights, a small text tokenizer, the published layout."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -12,8 +13,13 @@ from shared.checkpoints import Checkpoint
 from shared.models.step1 import Step1, Step1Config
 from shared.prompts import AUDIO_EDIT_SYSTEM_PROMPT, TextTokenizer, with_audio_pieces
 
+collect_ignore = [] if os.environ.get("EDITX_VLLM_PYTHON") else ["test_vllm_integration.py"]
 AUDIO_OFFSET = 64
 VOCAB = AUDIO_OFFSET + 5120
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "integration: needs a package that the project's environment does not have")
 
 
 @pytest.fixture(scope="session")

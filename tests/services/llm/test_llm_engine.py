@@ -11,7 +11,8 @@ import torch
 
 from services.llm import engine as engine_module
 from services.llm.decoding import ExactDecoder, StaticDecoder, row_multiple
-from services.llm.engine import Engine, EngineSettings, Generation, Outcome
+from services.llm.engine import Engine
+from services.llm.requests import EngineSettings, Generation, Outcome
 from services.llm.sampling import END, Sampler, SamplingSettings
 from shared.codes import split
 from shared.errors import UserError
