@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.models.bigvgan import BigVGAN, BigVGANConfig
-from shared.models.flow import Flow, FlowConfig, FlowStream, flow_noise
+from shared.models.flow import Flow, FlowConfig, FlowStream, flow_noise, read_voice
 from shared.models.hift import HiFT, HiFTConfig
 from shared.models.spectral import SpectralConfig, SpectralVocoder
 from shared.models.vocoder_stream import VocoderStream
@@ -157,7 +157,7 @@ def first_audio(flow: Flow, hift: HiFT, jobs: Jobs, steps: int) -> Tensor:
     """Open a stream and make its first chunk."""
     mel, tokens = jobs.prompt_mel[0], jobs.tokens[0]
     reference = len(mel) // flow.frames_per_token
-    stream = FlowStream(flow, tokens[: reference + flow.lookahead], mel, jobs.speaker[0], steps=steps)
+    stream = FlowStream(read_voice(flow, tokens[:reference], mel, jobs.speaker[0], steps=steps))
     return VocoderStream(hift).push(stream.push(tokens[reference:]).T)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from services.decoder.settings import DecoderSettings
-from services.decoder.streaming import Audio, Session, Sessions, Voice, stretch_prompt_mel, token_pairs
+from services.decoder.streaming import Audio, Session, Sessions, Voice, Voices, stretch_prompt_mel, token_pairs
 from shared import telemetry
 from shared.checkpoints.decoder import load_flow, load_vocoder
 from shared.checkpoints.layout import Checkpoint
@@ -68,6 +68,7 @@ class DecoderModel:
         self.device = torch.device(device or settings.device)
         self.flow = load_flow(checkpoint, dtype=_flow_dtype(settings.dtype, self.device), device=self.device)
         self.vocoder = load_vocoder(checkpoint, dtype=getattr(torch, settings.vocoder_dtype), device=self.device)
+        self.voices = Voices(self.flow, settings.voice_cache_mb * 2**20)
         self.sessions = Sessions(limit=settings.max_sessions, idle_s=settings.session_idle_s)
         self.stage_s: dict[str, float] = {}
 
@@ -109,12 +110,9 @@ class DecoderModel:
 
     def _open(self, job: _Job) -> Session:
         return Session(
-            self.flow,
+            partial(self.voices.read, job.voice, steps=job.steps, cfg_rate=job.cfg_rate),
             self.vocoder,
-            job.voice,
             chunk_tokens=self.settings.chunk_tokens,
-            steps=job.steps,
-            cfg_rate=job.cfg_rate,
             seed=job.seed,
         )
 

@@ -6,8 +6,10 @@ answers a repeated chunk as it did before, and closes sessions that nobody feeds
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from shared.codes import GROUP, LINGUISTIC_SIZE, Codes, split, time_align
 from shared.errors import TransientError, UserError
-from shared.models.flow import Flow, FlowStream
+from shared.models.flow import Flow, FlowStream, FlowVoice, read_voice
 from shared.models.vocoder_stream import Vocoder, open_stream
 
 Audio = npt.NDArray[np.float32]
@@ -61,22 +63,20 @@ class Session:
 
     def __init__(
         self,
-        flow: Flow,
+        read: Callable[[], FlowVoice],
         vocoder: Vocoder,
-        voice: Voice,
         *,
         chunk_tokens: Sequence[int],
-        steps: int = 10,
-        cfg_rate: float | None = None,
         seed: int = 0,
     ) -> None:
-        self._flow, self._voice = flow, voice
+        """`read` gives the reference as the flow has read it; it is called with the first tokens."""
+        self._read, self._seed = read, seed
         self._chunks = list(chunk_tokens)
-        self._steps, self._cfg_rate, self._seed = steps, cfg_rate, seed
         self._vocoder = open_stream(vocoder, seed)
         self._stream: FlowStream | None = None
+        self._lookahead = 0
         self._mixed: Codes = np.zeros(0, np.int32)  # of a group that is not whole yet
-        self._pairs = voice.pairs[:0]  # waiting, the look-ahead included
+        self._pairs = torch.zeros(0, 2, dtype=torch.long)  # waiting, the look-ahead included
 
     def feed(self, mixed: Codes, *, last: bool = False) -> Iterator[Audio]:
         """More audio tokens; yields the audio (n,) of every chunk that they complete, and the rest when `last`.
@@ -84,9 +84,11 @@ class Session:
         Raises UserError when a stream ends without having had a token.
         """
         self._take(mixed, last=last)
-        lookahead = self._flow.lookahead
-        if self._stream is None and len(self._pairs) >= lookahead:
-            self._open(lookahead)
+        if self._stream is None and len(self._pairs):
+            voice = self._read()
+            self._stream, self._lookahead = FlowStream(voice, seed=self._seed), voice.flow.lookahead
+            self._pairs = self._pairs.to(voice.tokens)
+        lookahead = self._lookahead
         while self._stream is not None and len(self._pairs) >= self._chunks[0] + lookahead + int(last):
             size = self._chunks[0]
             if len(self._chunks) > 1:
@@ -108,17 +110,46 @@ class Session:
         if whole:
             self._pairs = torch.cat([self._pairs, token_pairs(mixed[:whole]).to(self._pairs)])
 
-    def _open(self, lookahead: int) -> None:
-        voice = self._voice
-        pairs = torch.cat([voice.pairs, self._pairs[:lookahead]])
-        self._stream = FlowStream(
-            self._flow, pairs, voice.mel, voice.speaker, seed=self._seed, steps=self._steps, cfg_rate=self._cfg_rate
-        )
-
     def _run(self, stream: FlowStream, pairs: Tensor, *, last: bool) -> Audio:
         mel = stream.push(pairs, last=last)
         audio: Audio = self._vocoder.push(mel.T, last=last).float().cpu().numpy()
         return audio
+
+
+class Voices:
+    """References that a flow has read, the most recently used ones within a size. Any thread may call it."""
+
+    def __init__(self, flow: Flow, limit_bytes: int) -> None:
+        self._flow, self._limit = flow, limit_bytes
+        self._known: OrderedDict[bytes, FlowVoice] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, voice: Voice, *, steps: int, cfg_rate: float) -> FlowVoice:
+        """The reference as the flow has read it for this many steps and this guidance."""
+        key = _digest(voice, f"{steps} {cfg_rate}")
+        with self._lock:
+            if (known := self._known.get(key)) is not None:
+                self._known.move_to_end(key)
+                return known
+        made = read_voice(self._flow, voice.pairs, voice.mel, voice.speaker, steps=steps, cfg_rate=cfg_rate)
+        with self._lock:
+            self._known[key] = made
+            while self._known and self.size_bytes > self._limit:
+                self._known.popitem(last=False)
+        return made
+
+    @property
+    def size_bytes(self) -> int:
+        """What is kept."""
+        return sum(voice.size_bytes for voice in self._known.values())
+
+
+def _digest(voice: Voice, dials: str) -> bytes:
+    digest = hashlib.sha256(dials.encode())
+    for part in (voice.pairs, voice.mel, voice.speaker):
+        digest.update(f"{tuple(part.shape)}".encode())
+        digest.update(part.cpu().contiguous().numpy().tobytes())
+    return digest.digest()
 
 
 @dataclass(eq=False)

@@ -1,57 +1,102 @@
 """One stream through the flow: token pairs in chunks, mel out, all state in one object, so that streams do not meet.
 
 The look-ahead, the caches and the attention window are those of the published decoder: attention reaches the reference
-and the newest 96 frames (1.92 s) before the chunk. One thing differs: frame n always starts from noise frame n, as it
-does without streaming; the published decoder starts every chunk after the window is full from the same noise.
+and the newest 96 frames (1.92 s) before the chunk. Two things differ. Frame n always starts from noise frame n, as it
+does without streaming; the published decoder starts every chunk after the window is full from the same noise. And the
+reference is read without a look at what follows, so that any number of streams may begin from one reading: its last
+pairs, which look ahead into the stream, are made with the first chunk.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from shared.models.flow.cfm import Conditions
+from shared.models.flow.cfm import Conditions, flow_noise
 from shared.models.flow.dit import BlockCache
 from shared.models.flow.encoder import EncoderCache
 from shared.models.flow.flow import Flow
 
 LEFT_CONTEXT_FRAMES = 96
+READING_SEED = 0
+"""Of the noise that a reference is read with, which is the same whatever a stream's own seed is."""
+
+
+@dataclass(frozen=True, eq=False)
+class FlowVoice:
+    """A reference that a flow has read; see `read_voice`. Streams share it and leave it as it is."""
+
+    flow: Flow
+    speaker: Tensor  # (1, 80)
+    tokens: Tensor  # (L, 2), the last pairs of the reference, that are still to be made; L at most the look-ahead
+    mel: Tensor  # (2L, 80), theirs
+    frames: int  # of the whole reference
+    steps: int
+    cfg_rate: float | None
+    encoder: EncoderCache | None
+    blocks: list[list[BlockCache]] | None
+
+    @property
+    def size_bytes(self) -> int:
+        """What keeping it costs."""
+        caches = [part for step in self.blocks or [] for block in step for part in block]
+        if self.encoder is not None:
+            caches += [part for layer in self.encoder.layers for part in layer]
+        return sum(part.nbytes for part in caches)
+
+
+@torch.inference_mode()
+def read_voice(
+    flow: Flow,
+    tokens: Tensor,
+    mel: Tensor,
+    speaker: Tensor,
+    *,
+    steps: int = 10,
+    cfg_rate: float | None = None,
+    noise: Tensor | None = None,
+) -> FlowVoice:
+    """Run a reference through the flow once: tokens (P, 2), mel (2P, 80), speaker (192,).
+
+    noise (frames, 80) replaces the fixed one. Raises ValueError when the mel has another length.
+    """
+    frames = len(tokens) * flow.frames_per_token
+    if len(mel) != frames:
+        raise ValueError(f"the mel has {len(mel)} frames; the tokens of the reference ask for {frames}")
+    rest = max(0, len(tokens) - flow.lookahead)
+    made = rest * flow.frames_per_token
+    voice = FlowVoice(
+        flow, flow.speaker(speaker[None]), tokens[rest:], mel[made:], frames, steps, cfg_rate, encoder=None, blocks=None
+    )
+    if not rest:
+        return voice
+    noise = flow_noise(READING_SEED, made, flow.config.output_size) if noise is None else noise[:made]
+    _, encoder, blocks = _run(voice, tokens, mel[:made], noise, voice.encoder, voice.blocks, last=False)
+    return FlowVoice(
+        flow, voice.speaker, voice.tokens, voice.mel, frames, steps, cfg_rate, encoder=encoder, blocks=blocks
+    )
 
 
 class FlowStream:
-    """State of one stream. Use from one thread at a time; any number of streams may share a Flow."""
+    """State of one stream. Use from one thread at a time; any number of streams may share a flow and a voice."""
 
     def __init__(
         self,
-        flow: Flow,
-        prompt_tokens: Tensor,
-        prompt_mel: Tensor,
-        speaker: Tensor,
+        voice: FlowVoice,
         *,
         seed: int = 0,
         noise: Tensor | None = None,
-        steps: int = 10,
-        cfg_rate: float | None = None,
         left_context_frames: int = LEFT_CONTEXT_FRAMES,
     ) -> None:
-        """Runs the reference through the model once.
-
-        prompt_tokens (P + look-ahead, 2): those of the reference, then the first `flow.lookahead` pairs of the stream;
-        prompt_mel (2P, 80); speaker (192,); noise (frames, 80) replaces the noise that `seed` gives.
-        Raises ValueError when prompt_mel has another length.
-        """
-        frames = (len(prompt_tokens) - flow.lookahead) * flow.frames_per_token
-        if len(prompt_mel) != frames:
-            raise ValueError(f"prompt_mel has {len(prompt_mel)} frames; the tokens of the reference ask for {frames}")
-        self._flow, self._steps, self._cfg_rate = flow, steps, cfg_rate
-        self._generator = torch.Generator().manual_seed(seed)
-        self._noise = noise
-        self._frames = 0
-        self._prompt_frames, self._left_context = frames, left_context_frames
-        self._encoder: EncoderCache | None = None
-        self._blocks: list[list[BlockCache]] | None = None
-        with torch.inference_mode():
-            self._speaker = flow.speaker(speaker[None])
-            if frames:
-                self._run(prompt_tokens, prompt_mel, last=False)
+        """noise (frames, 80), those of the reference first, replaces the noise that `seed` gives."""
+        self._voice, self._left_context = voice, left_context_frames
+        self._encoder, self._blocks = voice.encoder, voice.blocks
+        self._generator, self._noise, self._frames = torch.Generator().manual_seed(seed), noise, 0
+        self._tokens, self._mel = voice.tokens, voice.mel  # of the reference, and not made yet
+        self._next_noise(voice.frames - len(voice.mel))
 
     @torch.inference_mode()
     def push(self, tokens: Tensor, *, last: bool = False) -> Tensor:
@@ -59,35 +104,49 @@ class FlowStream:
 
         The look-ahead pairs must be given again at the start of the next call.
         """
-        return self._run(tokens, None, last=last)
-
-    def _run(self, tokens: Tensor, prompt_mel: Tensor | None, *, last: bool) -> Tensor:
-        flow = self._flow
-        embedded = flow.input_embedding(tokens[None])
-        hidden, self._encoder = flow.encoder.forward_chunk(embedded, self._encoder, last=last)
-        mu = flow.encoder_proj(hidden)
-        cond = torch.zeros_like(mu) if prompt_mel is None else prompt_mel[None].to(mu)
-        noise = self._next_noise(mu.shape[1]).to(mu.device)
-        mel, blocks = flow.decoder.forward_chunk(
-            noise[None], Conditions(mu, self._speaker, cond), self._steps, self._cfg_rate, self._blocks
-        )
+        tokens, given = torch.cat([self._tokens, tokens]), self._mel
+        made = len(tokens) - (0 if last else self._voice.flow.lookahead)
+        noise = self._next_noise(made * self._voice.flow.frames_per_token)
+        mel, self._encoder, blocks = _run(self._voice, tokens, given, noise, self._encoder, self._blocks, last=last)
         self._blocks = [[self._shorten(cache) for cache in step] for step in blocks]
-        return mel[0]
+        self._tokens, self._mel = tokens[:0], given[:0]
+        return mel[len(given) :]
 
     def _next_noise(self, frames: int) -> Tensor:
         start, self._frames = self._frames, self._frames + frames
         if self._noise is not None:
             return self._noise[start : self._frames]
-        return torch.randn(frames, self._flow.config.output_size, generator=self._generator)
+        return torch.randn(frames, self._voice.flow.config.output_size, generator=self._generator)
 
     def _shorten(self, cache: BlockCache) -> BlockCache:
         """Keep the frames of the reference and the newest frames after it."""
         keys, values = cache.keys, cache.values
-        surplus = keys.shape[2] - self._prompt_frames - self._left_context
+        surplus = keys.shape[2] - self._voice.frames - self._left_context
         if surplus <= 0:
             return cache
         keys, values = (
-            torch.cat([part[:, :, : self._prompt_frames], part[:, :, self._prompt_frames + surplus :]], dim=2)
+            torch.cat([part[:, :, : self._voice.frames], part[:, :, self._voice.frames + surplus :]], dim=2)
             for part in (keys, values)
         )
         return BlockCache(keys, values, cache.conv1, cache.conv2)
+
+
+def _run(
+    voice: FlowVoice,
+    tokens: Tensor,
+    given: Tensor,
+    noise: Tensor,
+    encoder: EncoderCache | None,
+    blocks: list[list[BlockCache]] | None,
+    *,
+    last: bool,
+) -> tuple[Tensor, EncoderCache, list[list[BlockCache]]]:
+    """One chunk: its mel (frames, 80) and the caches. `given` (at most frames, 80): what of the mel is known."""
+    flow = voice.flow
+    hidden, encoder = flow.encoder.forward_chunk(flow.input_embedding(tokens[None]), encoder, last=last)
+    mu = flow.encoder_proj(hidden)
+    cond = F.pad(given.to(mu), (0, 0, 0, mu.shape[1] - len(given)))[None]
+    conditions = Conditions(mu, voice.speaker, cond)
+    noise = noise.to(mu.device)[None]
+    mel, blocks = flow.decoder.forward_chunk(noise, conditions, voice.steps, voice.cfg_rate, blocks)
+    return mel[0], encoder, blocks

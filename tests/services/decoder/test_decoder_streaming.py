@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from services.decoder.model import DecoderModel
-from services.decoder.streaming import Session, Sessions
+from services.decoder.streaming import Session, Sessions, Voices
+from shared.audio.features import prompt_mel
 from shared.errors import TransientError, UserError
 from shared.inference.port import InferenceRequest, RequestCancelled
 
@@ -30,28 +32,74 @@ def sound(model: DecoderModel, request: InferenceRequest) -> list[np.ndarray]:
     return [piece["audio"] for piece in model.stream(request)]
 
 
+def answered(model: DecoderModel, request: InferenceRequest) -> np.ndarray:
+    [answer] = model.infer([request])
+    assert not isinstance(answer, Exception)
+    return answer["audio"]
+
+
 def signal_to_noise_db(wanted: np.ndarray, found: np.ndarray) -> float:
     return float(10 * np.log10(wanted.var() / (wanted - found).var()))
 
 
 def test_a_stream_is_as_long_as_one_pass_and_near_it(model: DecoderModel, asked: InferenceRequest) -> None:
-    """Measured on random weights: 17 dB. The mel differs since no chunk sees the future; the vocoder adds nothing."""
+    """Measured on random weights: 7 dB. No chunk sees the future, and HiFT's phase follows a slightly other mel."""
     request = long_request(asked)
     pieces = sound(model, request)
-    wanted = model.infer([request])[0]["audio"]
+    wanted = answered(model, request)
     found = np.concatenate(pieces)
     assert found.shape == wanted.shape
-    assert signal_to_noise_db(wanted, found) > 12
+    assert signal_to_noise_db(wanted, found) > 5
 
 
-def test_the_first_audio_comes_after_thirty_tokens_and_lasts_440_ms(
+def test_a_stream_of_nano_sounds_like_one_pass(nano: DecoderModel, spoken: InferenceRequest) -> None:
+    """Measured: log mels of the audio 0.11 apart on average, 0.17 in the first chunk, of a deviation of 2.3."""
+    wanted, found = answered(nano, spoken), np.concatenate(sound(nano, spoken))
+    assert found.shape == wanted.shape
+    apart = (prompt_mel(torch.from_numpy(found)) - prompt_mel(torch.from_numpy(wanted))).abs()
+    assert float(apart.mean()) < 0.2
+    assert float(apart[:24].mean()) < 0.3
+
+
+def test_the_first_audio_comes_with_the_fifth_group_and_lasts_320_ms(
     model: DecoderModel, asked: InferenceRequest
 ) -> None:
-    first, second = list(chunks(long_request(asked), "first", [29, 1]))[:2]
+    first, second = list(chunks(long_request(asked), "first", [24, 1]))[:2]
     assert sound(model, first) == []
     [piece] = sound(model, second)
-    assert len(piece) == (30 - 8) * 480
+    assert len(piece) == (24 - 8) * 480
     model.sessions.close("first")
+
+
+def test_every_piece_of_the_language_model_s_stream_brings_audio_in_time_for_the_next(
+    model: DecoderModel, asked: InferenceRequest
+) -> None:
+    """Pieces are five groups, 0.6 s; what was answered must reach at least to the piece before the last but two."""
+    request, heard_s = long_request(asked, 5), 0.0
+    for number, part in enumerate(list(chunks(request, "pieces", [25] * 5))[:5], start=1):
+        heard_s += sum(len(piece) for piece in sound(model, part)) / 24_000
+        assert heard_s >= 0.6 * (number - 3)
+    model.sessions.close("pieces")
+
+
+def test_a_second_stream_of_a_voice_begins_from_what_the_first_has_read(
+    model: DecoderModel, asked: InferenceRequest
+) -> None:
+    request = replace(long_request(asked), parameters={"steps": 3, "seed": 5})
+    read = []
+    flow, model.voices = model.voices._flow, Voices(model.flow, 2**20)
+    assert flow is model.flow
+    once = np.concatenate(sound(model, request))
+    read.append(model.voices.size_bytes)
+    assert np.array_equal(once, np.concatenate(sound(model, request)))
+    other = replace(request, parameters={"steps": 3, "seed": 6})
+    assert not np.array_equal(once, np.concatenate(sound(model, other)))
+    assert model.voices.size_bytes == read[0] > 0
+    sound(model, replace(request, parameters={"steps": 2, "seed": 5}))
+    assert model.voices.size_bytes > read[0]
+    model.voices = Voices(model.flow, 0)
+    assert np.array_equal(once, np.concatenate(sound(model, request)))
+    assert model.voices.size_bytes == 0
 
 
 def test_a_session_in_chunks_equals_the_whole_stream(model: DecoderModel, asked: InferenceRequest) -> None:
@@ -103,7 +151,7 @@ def test_a_stream_left_in_the_middle_of_a_chunk_is_closed(model: DecoderModel, a
 def test_a_stream_may_have_no_reference(model: DecoderModel, asked: InferenceRequest) -> None:
     inputs = {**asked.inputs, "prompt_mixed": np.zeros(0, np.int32), "prompt_mel": np.zeros((0, 80), np.float32)}
     request = replace(asked, inputs=inputs)
-    found, wanted = np.concatenate(sound(model, request)), model.infer([request])[0]["audio"]
+    found, wanted = np.concatenate(sound(model, request)), answered(model, request)
     assert found.shape == wanted.shape
     assert signal_to_noise_db(wanted, found) > 5
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.models.flow import Flow, FlowStream, flow_noise
+from shared.models.flow import Flow, FlowStream, flow_noise, read_voice
 
 
 def chunks(tokens: Tensor, sizes: list[int], lookahead: int) -> Iterator[tuple[Tensor, bool]]:
@@ -18,8 +18,9 @@ def chunks(tokens: Tensor, sizes: list[int], lookahead: int) -> Iterator[tuple[T
 
 
 def open_stream(flow: Flow, golden: dict[str, Tensor], tokens: Tensor, **dials: object) -> FlowStream:
-    prompt = torch.cat([golden["prompt"], tokens[: flow.lookahead]])
-    return FlowStream(flow, prompt, golden["prompt_mel"], golden["speaker"], **dials)  # type: ignore[arg-type]
+    reading = {name: dials.pop(name) for name in ("steps",) if name in dials} | {"noise": dials.get("noise")}
+    voice = read_voice(flow, golden["prompt"], golden["prompt_mel"], golden["speaker"], **reading)  # type: ignore[arg-type]
+    return FlowStream(voice, **dials)  # type: ignore[arg-type]
 
 
 def test_streaming_stays_near_one_pass(flow: Flow, golden: dict[str, Tensor]) -> None:
@@ -42,8 +43,8 @@ def test_one_chunk_that_is_also_the_last_sees_what_one_pass_sees_except_in_the_r
 def test_the_seed_gives_a_stream_the_noise_that_one_pass_gets(flow: Flow, golden: dict[str, Tensor]) -> None:
     tokens = golden["tokens"]
     frames = 2 * len(golden["all_tokens"])
-    given = open_stream(flow, golden, tokens, noise=flow_noise(5, frames), steps=2)
-    seeded = open_stream(flow, golden, tokens, seed=5, steps=2)
+    voice = read_voice(flow, golden["prompt"], golden["prompt_mel"], golden["speaker"], steps=2)
+    given, seeded = FlowStream(voice, noise=flow_noise(5, frames)), FlowStream(voice, seed=5)
     for part, last in chunks(tokens, [15, 7], flow.lookahead):
         assert torch.equal(given.push(part, last=last), seeded.push(part, last=last))
 
@@ -62,6 +63,26 @@ def test_interleaved_streams_equal_streams_run_alone(flow: Flow, golden: dict[st
             assert torch.equal(streams[which].push(part, last=last), alone[which][index])
 
 
+def test_streams_that_share_a_reading_equal_streams_with_their_own(flow: Flow, golden: dict[str, Tensor]) -> None:
+    tokens = golden["tokens"]
+    voice = read_voice(flow, golden["prompt"], golden["prompt_mel"], golden["speaker"], steps=2)
+    assert voice.size_bytes > 2 * 2 * len(golden["prompt_mel"]) * flow.config.estimator.hidden_size
+    for seed in range(3):
+        own = open_stream(flow, golden, tokens, seed=seed, steps=2)
+        shared = FlowStream(voice, seed=seed)
+        for part, last in chunks(tokens, [15], flow.lookahead):
+            assert torch.equal(own.push(part, last=last), shared.push(part, last=last))
+
+
+@pytest.mark.parametrize("pairs", [0, 2, 3])
+def test_a_reference_within_the_look_ahead_is_made_with_the_first_chunk(
+    flow: Flow, golden: dict[str, Tensor], pairs: int
+) -> None:
+    voice = read_voice(flow, golden["prompt"][:pairs], golden["prompt_mel"][: 2 * pairs], golden["speaker"], steps=2)
+    assert voice.blocks is None
+    assert FlowStream(voice).push(golden["tokens"], last=True).shape == (2 * len(golden["tokens"]), 80)
+
+
 def test_attention_reaches_the_reference_and_a_bounded_past(flow: Flow, golden: dict[str, Tensor]) -> None:
     tokens = golden["tokens"].repeat(6, 1)
     stream = open_stream(flow, golden, tokens, steps=1, left_context_frames=20)
@@ -73,4 +94,4 @@ def test_attention_reaches_the_reference_and_a_bounded_past(flow: Flow, golden: 
 
 def test_a_reference_of_the_wrong_length_is_refused(flow: Flow, golden: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match="frames"):
-        FlowStream(flow, golden["prompt"], golden["prompt_mel"], golden["speaker"])
+        read_voice(flow, golden["prompt"], golden["prompt_mel"][:-1], golden["speaker"])
