@@ -139,13 +139,16 @@ def triplets(
 
 
 def paralinguistic(
-    tagged: Iterable[Recording], teacher: Teacher, tokenize: Tokenize
+    tagged: Iterable[Recording | Refused], teacher: Teacher, tokenize: Tokenize
 ) -> Iterator[Row | Refused]:  # fmt: skip
     """Quadruplets from a corpus with [tags] in its texts (NVSpeech's layout): the teacher says the text without them.
 
-    The answer is the corpus's own recording; there is no margin filter.
+    The answer is the corpus's own recording; there is no margin filter. Refused recordings are passed on.
     """
     for number, recording in enumerate(tagged, start=1):
+        if isinstance(recording, Refused):
+            yield recording
+            continue
 
         def make(recording: Recording = recording) -> Row:
             clean = without_tags(recording.text)
@@ -201,14 +204,18 @@ def without_tags(text: str) -> str:
 
 
 def simple_edits(
-    recordings: Iterable[Recording], tokenize: Tokenize, *, kinds: Sequence[str] = ("speed", "denoise", "vad"),
-    seed: int = 0,
+    recordings: Iterable[Recording | Refused], tokenize: Tokenize, *,
+    kinds: Sequence[str] = ("speed", "denoise", "vad"), seed: int = 0,
 ) -> Iterator[Row | Refused]:  # fmt: skip
-    """Speed (tempo changed at the same pitch), denoise (noise and reverb put on) and vad (silences put in, cut out)."""
-    number = 0
+    """Speed (tempo changed at the same pitch), denoise (noise and reverb put on) and vad (silences put in, cut out).
+
+    Refused recordings are passed on.
+    """
     for place, recording in enumerate(recordings):
+        if isinstance(recording, Refused):
+            yield recording
+            continue
         for kind in kinds:
-            number += 1
             rng = np.random.default_rng((seed, place, kinds.index(kind)))
 
             def make(recording: Recording = recording, kind: str = kind, rng: np.random.Generator = rng) -> Row:
@@ -219,7 +226,7 @@ def simple_edits(
                     language=recording.language, licence=recording.licence, origin=recording.origin,
                 )  # fmt: skip
 
-            yield _guarded(number, f"{kind}-{recording.id}", make)
+            yield _guarded(place + 1, f"{kind}-{recording.id}", make)
 
 
 def _simple(kind: str, waveform: Waveform, rng: np.random.Generator) -> tuple[Edit, Waveform, Waveform]:

@@ -162,7 +162,7 @@ def collect(
 def _refuse(refused: list[Refused], row: Refused, on_bad: OnBad) -> None:
     if on_bad == "fail":
         raise UserError(f"Row {row.row} ({row.id or 'no id'}): {row.reason}.",
-                        "Mend it, or let bad rows be left out (--on-bad skip).", "bad_row")  # fmt: skip
+                        "Mend it, or leave bad rows out: on_bad: skip in the description.", "bad_row")  # fmt: skip
     refused.append(row)
 
 

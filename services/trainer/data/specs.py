@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from services.trainer.evaluate.acoustic import pair_features
 from services.trainer.evaluate.runner import at_16k
 from shared.audio.io import Waveform, read_audio
 from shared.errors import EditxError, UserError
+from shared.tags import check_tag
 
 Kind = Literal["rows", "tts", "triplets", "paralinguistic", "sounds", "simple", "preferences"]
 
@@ -49,6 +51,7 @@ class Spec(BaseModel):
     preference_margin: float = HUMAN_MARGIN
     against: list[Path] = Field(default_factory=list, description="Evaluation sets that must not leak.")
     share_speakers: bool = False
+    lowest_rate_hz: int = Field(default=16_000, description="Recordings of a lower rate are bad rows.")
     on_bad: Literal["skip", "fail"] = "fail"
 
 
@@ -65,7 +68,15 @@ def build_spec(
     dataset = collect(spec.name, _rows(spec, folder, tokenize, teacher), made_by=made_by, on_bad=spec.on_bad)
     if spec.threshold is not None:
         kept = keep_large_margins(dataset.rows, Thresholds(spec.threshold, spec.thresholds))
-        dataset = Dataset(dataset.name, tuple(kept.rows), made_by, dataset.refused)
+        left = {row.id for row in kept.rows}
+        weak = [Refused(number, row.id, f"its margin {row.margin:.2f} is under the threshold")
+                for number, row in enumerate(dataset.rows, start=1) if row.id not in left]  # fmt: skip
+        dataset = Dataset(dataset.name, tuple(kept.rows), made_by, (*dataset.refused, *weak))
+    if not dataset.rows:
+        why = "nothing was read"
+        if dataset.refused:
+            why = f"{len(dataset.refused)} were left out, the first because {dataset.refused[0].reason}"
+        raise UserError(f"The set {spec.name} has no rows: {why}.", code="invalid_dataset")
     held_out = [HeldOut.of(str(path), Dataset.load(folder / path).rows) for path in spec.against]
     check_leaks(dataset.rows, held_out, speakers=not spec.share_speakers)
     return dataset
@@ -83,17 +94,48 @@ def _rows(
         return build.paralinguistic(_recordings(spec, folder), teacher(), tokenize())
     if spec.kind == "simple":
         return build.simple_edits(_recordings(spec, folder), tokenize(), seed=spec.seed)
-    lines = _lines(_path(spec.texts, "texts", folder))
-    sentences = [build.Sentence(line["text"], line["language"], line.get("manner")) for line in lines]
+    sentences, refused = _sentences(spec, folder)
     missing = {s.language for s in sentences} - spec.speakers.keys()
     if missing:
         raise UserError(f"The description names no speakers for {', '.join(sorted(missing))}.", code="invalid_dataset")
+    return [*refused] if not sentences else chain(refused, _spoken(spec, folder, sentences, teacher(), tokenize()))
+
+
+def _spoken(
+    spec: Spec, folder: Path, sentences: list[build.Sentence], teacher: Teacher, tokenize: build.Tokenize
+) -> Iterator[Row | Refused]:  # fmt: skip
     if spec.kind == "tts":
-        return build.zero_shot(teacher(), sentences, spec.speakers, tokenize(), count=spec.count, seed=spec.seed)
+        return build.zero_shot(teacher, sentences, spec.speakers, tokenize, count=spec.count, seed=spec.seed)
     if spec.kind == "sounds":
-        return build.made_sounds(teacher(), sentences, spec.speakers, tokenize(), count=spec.count, seed=spec.seed)
+        return build.made_sounds(teacher, sentences, spec.speakers, tokenize, count=spec.count, seed=spec.seed)
     margin = _margin(MarginScorer.load(folder / spec.margin_scorer)) if spec.margin_scorer else None
-    return build.triplets(teacher(), sentences, spec.speakers, tokenize(), margin, count=spec.count, seed=spec.seed)
+    return build.triplets(teacher, sentences, spec.speakers, tokenize, margin, count=spec.count, seed=spec.seed)
+
+
+def _sentences(spec: Spec, folder: Path) -> tuple[list[build.Sentence], list[Refused]]:
+    """The texts that can be used, and the lines that cannot with their reasons."""
+    path = _path(spec.texts, "texts", folder)
+    good, refused = [], []
+    for number, line in _lines(path):
+        try:
+            good.append(_sentence(_object(line), needs_manner=spec.kind == "triplets"))
+        except (UserError, KeyError) as error:
+            refused.append(Refused(number, "", f"{path.name}, line {number}: {_why(error)}"))
+    return good, refused
+
+
+def _sentence(line: dict[str, Any], needs_manner: bool) -> build.Sentence:
+    text, language, manner = str(line["text"]), str(line["language"]), line.get("manner")
+    if not text.strip():
+        raise UserError("the text is blank", code="bad_row")
+    if manner is None and needs_manner:
+        raise UserError("a triplet's text needs the manner that it fits", code="bad_row")
+    if manner is not None:
+        kind, _, detail = str(manner).partition("/")
+        if kind not in ("emotion", "style"):
+            raise UserError(f"the manner {manner!r} is neither emotion/... nor style/...", code="bad_row")
+        check_tag(kind, detail)
+    return build.Sentence(text, language, manner)
 
 
 def _margin(scorer: MarginScorer) -> build.Margin:
@@ -105,31 +147,81 @@ def _margin(scorer: MarginScorer) -> build.Margin:
 
 def _preferences(spec: Spec, folder: Path) -> list[Row | Refused]:
     prompts = {row.id: row for row in Dataset.load(_path(spec.rows, "rows", folder)).rows}
-    lines = _lines(_path(spec.candidates, "candidates", folder))
-    candidates = [Candidate.model_validate({k: line[k] for k in ("id", "prompt", "mixed", "audio") if k in line})
-                  for line in lines]  # fmt: skip
-    ratings = [rating for path in spec.ratings for rating in read_ratings(folder / path)]
-    scores = scores_of(ratings, Weights())
-    return [*make_pairs(prompts, candidates, scores, margin=spec.preference_margin, rated_by="ratings")]
-
-
-def _recordings(spec: Spec, folder: Path) -> Iterator[build.Recording]:
-    path = _path(spec.recordings, "recordings", folder)
-    for number, line in enumerate(_lines(path), start=1):
+    path = _path(spec.candidates, "candidates", folder)
+    candidates: dict[str, Candidate] = {}
+    refused: list[Row | Refused] = []
+    for number, line in _lines(path):
         try:
-            waveform = read_audio(path.parent / line["audio"])
-            id, text, language, speaker = (str(line[k]) for k in ("id", "text", "language", "speaker"))
-            yield build.Recording(id, text, language, speaker, waveform, str(line["licence"]), str(line["origin"]))
+            found = _object(line)
+            one = Candidate.model_validate({k: found[k] for k in ("id", "prompt", "mixed", "audio") if k in found})
+            if one.prompt not in prompts:
+                raise UserError(f"it answers the unknown prompt {one.prompt!r}", code="bad_row")
+            if one.id in candidates:
+                raise UserError("its id is taken by another candidate", code="bad_row")
+            candidates[one.id] = one
+        except (UserError, ValidationError) as error:
+            id = str(line.get("id", "")) if isinstance(line, dict) else ""
+            refused.append(Refused(number, id, f"{path.name}, line {number}: {_why(error)}"))
+    ratings = [rating for ratings in spec.ratings for rating in read_ratings(folder / ratings)]
+    scores = scores_of(ratings, Weights())
+    strangers = sorted(scores.keys() - candidates.keys() - {one.id for one in refused})
+    refused += [Refused(0, name, "it was rated, and there is no candidate of that id") for name in strangers]
+    pairs = make_pairs(prompts, [*candidates.values()], scores, margin=spec.preference_margin, rated_by="ratings")
+    return [*refused, *pairs]
+
+
+def _recordings(spec: Spec, folder: Path) -> Iterator[build.Recording | Refused]:
+    path = _path(spec.recordings, "recordings", folder)
+    seen: set[str] = set()
+    for number, line in _lines(path):
+        id = str(line.get("id", "")) if isinstance(line, dict) else ""
+        try:
+            made = _recording(_object(line), path.parent, spec.lowest_rate_hz)
+            if made.id in seen:
+                raise UserError("its id is taken by another recording", code="bad_row")
+            seen.add(made.id)
+            yield made
         except (KeyError, EditxError, OSError) as error:
-            if spec.on_bad == "fail":
-                raise UserError(f"{path}, row {number}: {reason(error)}.", code="bad_row") from error
+            yield Refused(number, id, f"{path.name}, line {number}: {_why(error)}")
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _recording(line: dict[str, Any], folder: Path, lowest_rate_hz: int) -> build.Recording:
+    id, text, language, speaker = (str(line[k]) for k in ("id", "text", "language", "speaker"))
+    if not text.strip():
+        raise UserError("the text is blank", code="bad_row")
+    waveform = read_audio(folder / line["audio"])
+    rate = waveform.sample_rate_hz
+    if line.get("sample_rate_hz", rate) != rate:
+        raise UserError(f"{line['audio']} has {rate} Hz, its line says {line['sample_rate_hz']}", code="bad_row")
+    if rate < lowest_rate_hz:
+        raise UserError(f"{line['audio']} has {rate} Hz, codes need {lowest_rate_hz}", code="bad_row")
+    return build.Recording(id, text, language, speaker, waveform, str(line["licence"]), str(line["origin"]))
+
+
+def _lines(path: Path) -> list[tuple[int, Any]]:
+    """Numbers and contents of the lines; a line that is no JSON comes as its error. Raises UserError without a file."""
     try:
-        return [dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no JSONL file: {error}.", code="invalid_dataset") from error
+        texts = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}.", code="invalid_dataset") from error
+    return [(number, _parsed(text)) for number, text in enumerate(texts, start=1) if text.strip()]
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        return error
+
+
+def _object(line: Any) -> dict[str, Any]:
+    if not isinstance(line, dict):
+        raise UserError("it is no JSON object", code="bad_row")
+    return line
+
+
+def _why(error: Exception) -> str:
+    return f"it has no {error.args[0]!r}" if isinstance(error, KeyError) else reason(error)
 
 
 def _path(path: Path | None, name: str, folder: Path) -> Path:
