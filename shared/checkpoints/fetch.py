@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -36,20 +36,33 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Part:
-    """One repository of a release. `revisions` holds a pinned commit by hub; without one the newest is locked."""
+    """One repository of a release. `revisions` holds a pinned commit by hub; without one the newest is locked.
+
+    `sha256` holds the hashes of files that are known beforehand, by path.
+    """
 
     folder: str
     repository: str
     revisions: dict[str, str]
+    sha256: dict[str, str] = field(default_factory=dict)
 
 
-# The published repositories carry no tags, and neither the paper nor the code names a commit: nothing is pinned here.
-# A first fetch resolves the newest commit and writes it to the lock file; a commit entered here pins it for everybody.
-RELEASES: dict[str, tuple[Part, ...]] = {
-    "official": (
-        Part(EDITX_FOLDER, "stepfun-ai/Step-Audio-EditX", {}),
-        Part(TOKENIZER_FOLDER, "stepfun-ai/Step-Audio-Tokenizer", {}),
+def _release(weights: str) -> tuple[Part, ...]:
+    return (
+        Part(EDITX_FOLDER, "stepfun-ai/Step-Audio-EditX", {"huggingface": weights}, {SPEAKER_FILE: SPEAKER_SHA256}),
+        Part(TOKENIZER_FOLDER, "stepfun-ai/Step-Audio-Tokenizer", {"huggingface": TOKENIZER_COMMIT}),
     )
+
+
+# The repositories carry no tags. The commits are those that diodiogod/TTS-Audio-Suite pins on Hugging Face for its
+# "2026-01-23" and "2025-11-28" checkpoints and their tokenizer. Nobody is known to name one on ModelScope: there, a
+# first fetch resolves the newest commit and writes it to the lock file. The speaker encoder is CosyVoice's.
+TOKENIZER_COMMIT = "af7e5a3ec06175a7facae9d4100073d6e4dbb36c"
+SPEAKER_FILE = "CosyVoice-300M-25Hz/campplus.onnx"
+SPEAKER_SHA256 = "a6ac6a63997761ae2997373e2ee1c47040854b4b759ea41ec48e4e42df0f4d73"
+RELEASES: dict[str, tuple[Part, ...]] = {
+    "official": _release("5fe2f8a05c2353301ad47d3c1747b262115da138"),
+    "official-2025-11": _release("7f3de603ae46c96dff6f06f47b1d5a45aabd34fe"),
 }
 
 
@@ -86,9 +99,9 @@ def fetch(
 ) -> Path:
     """Download a release into `target` (default: its name in the checkpoints folder) and return that folder.
 
-    Takes the commits of the lock file when there is one, unless `update`; `revision` names the commit of the language
-    model's repository. Raises UserError (unknown release, disk full, another hub locked), HubUnreachable with the place
-    where the files can be put by hand, or HashMismatch.
+    Takes the commits of the lock file when there is one, else the pinned ones, and with `update` the newest;
+    `revision` names the commit of the language model's repository. Raises UserError (unknown release, disk full, another
+    hub locked), HubUnreachable with the place where the files can be put by hand, or HashMismatch.
     """
     if release not in RELEASES:
         raise UserError(f"No release called '{release}'.", f"Known: {', '.join(RELEASES)}.", "unknown_release")
@@ -124,7 +137,10 @@ def _resolve(
         wanted = revision if number == 0 and revision else None
         if wanted is None and lock is not None and part.folder in lock.folders:
             wanted = lock.folders[part.folder].revision
-        listing = chosen.listing(part.repository, wanted or part.revisions.get(chosen.name))
+        if wanted is None and not update:
+            wanted = part.revisions.get(chosen.name)
+        listing = chosen.listing(part.repository, wanted)
+        _check_known_hashes(part, listing)
         kept = [file for file in listing.files if not any(fnmatch.fnmatch(file.path, pattern) for pattern in UNWANTED)]
         listings.append((part, Listing(listing.revision, tuple(kept), listing.headers)))
     folders = {part.folder: Locked(repository=part.repository, revision=found.revision) for part, found in listings}
@@ -132,6 +148,16 @@ def _resolve(
     content = Lock(hub=chosen.name, endpoint=chosen.endpoint, folders=folders).model_dump_json(indent=2)
     _replace_text(target / LOCK_FILE, content + "\n")
     return listings
+
+
+def _check_known_hashes(part: Part, listing: Listing) -> None:
+    for file in listing.files:
+        known = part.sha256.get(file.path)
+        if known is not None and file.sha256 is not None and file.sha256 != known:
+            raise HashMismatch(
+                f"{part.repository} lists {file.path} with sha256 {file.sha256}; the release has {known}.",
+                "Nothing was downloaded. The mirror serves another file, or the repository has changed: compare them.",
+            )
 
 
 def read_lock(target: Path) -> Lock | None:

@@ -21,6 +21,7 @@ from shared.errors import MissingComponent, UserError
 EDITX_FOLDER = "Step-Audio-EditX"
 TOKENIZER_FOLDER = "Step-Audio-Tokenizer"
 DECODER_FOLDER = "CosyVoice-300M-25Hz"
+VOCODER_FILES = ["hift.safetensors", "hift.pt", "vocoder.safetensors", "bigvgan_generator.pt"]
 LINGUISTIC_FOLDER = "dengcunqin/speech_paraformer-large_asr_nat-zh-cantonese-en-16k-vocab8501-online"
 METADATA_FILE = "editx.json"
 
@@ -190,7 +191,7 @@ class Checkpoint:
     @property
     def vocoder_file(self) -> Path:
         """Weights of the vocoder, mel to waveform."""
-        return self._find("vocoder", self.decoder_dirs, ["hift.safetensors", "hift.pt", "vocoder.safetensors"])
+        return self._find("vocoder", self.decoder_dirs, VOCODER_FILES)
 
     @property
     def speaker_onnx(self) -> Path:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shared.checkpoints.layout import InvalidCheckpoint
 
-WRAPPERS = ("state_dict", "model_state_dict", "model")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "generator")  # the last in what NVIDIA published
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,24 @@ from pathlib import Path
 import pytest
 
 from shared.checkpoints import manifest
-from shared.checkpoints.fetch import HashMismatch, Lock, fetch, read_lock
+from shared.checkpoints.fetch import RELEASES, HashMismatch, Lock, Part, fetch, read_lock
 from shared.checkpoints.hubs import HubUnreachable, ModelScope, RevisionNotFound
+from shared.checkpoints.layout import EDITX_FOLDER
 from shared.errors import UserError
 from tests.shared.checkpoints.loopback_hub import COMMIT, NEWER, LoopbackHub, serve
 
 EDITX, TOKENIZER = "stepfun-ai/Step-Audio-EditX", "stepfun-ai/Step-Audio-Tokenizer"
 HUBS = ("huggingface", "modelscope")
 WEIGHTS = bytes(range(256)) * 12_000
+
+
+PINNED = RELEASES["official"]
+
+
+@pytest.fixture(autouse=True)
+def unpinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The release as it would be if nobody had named a commit."""
+    monkeypatch.setitem(RELEASES, "official", tuple(Part(part.folder, part.repository, {}) for part in PINNED))
 
 
 @pytest.fixture
@@ -117,6 +127,33 @@ def test_a_repeated_fetch_keeps_the_locked_commit_and_downloads_nothing(
     assert len(hub.requests) == 2
     fetch("official", tmp_path, source=source, endpoint=hub.endpoint, update=True)
     assert json.loads((tmp_path / "editx.lock.json").read_text())["folders"]["Step-Audio-EditX"]["revision"] == NEWER
+
+
+def test_a_first_fetch_takes_the_pinned_commits_and_an_update_the_newest(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RELEASES, "official", PINNED)
+    fetch("official", tmp_path, endpoint=hub.endpoint)
+    lock = read_lock(tmp_path)
+    assert lock is not None
+    commits = {part.folder: part.revisions["huggingface"] for part in PINNED}
+    assert {folder: locked.revision for folder, locked in lock.folders.items()} == commits
+    assert all(len(commit) == 40 for commit in commits.values())
+    fetch("official", tmp_path, endpoint=hub.endpoint, update=True)
+    lock = read_lock(tmp_path)
+    assert lock is not None
+    assert {locked.revision for locked in lock.folders.values()} == {COMMIT}
+
+
+@pytest.mark.parametrize("source", HUBS)
+def test_a_hub_that_lists_another_speaker_encoder_than_the_release_s_is_refused(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.setitem(RELEASES, "official", (Part(EDITX_FOLDER, EDITX, {}, PINNED[0].sha256),))
+    hub.repositories[EDITX]["CosyVoice-300M-25Hz/campplus.onnx"] = b"another"
+    with pytest.raises(HashMismatch, match=r"campplus\.onnx"):
+        fetch("official", tmp_path, source=source, endpoint=hub.endpoint)
+    assert not list(tmp_path.rglob("*.pt"))
 
 
 def test_a_folder_begun_from_one_hub_is_not_continued_from_the_other(hub: LoopbackHub, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Loading the flow and the vocoder: kinds, formats, tags as data, and errors that name file and tensor."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from shared.checkpoints.decoder import SpectralRows, build_vocoder, load_flow, load_vocoder, read_config, read_yaml
 from shared.checkpoints.layout import Checkpoint, InvalidCheckpoint
 from shared.errors import MissingComponent
-from shared.models.bigvgan import BigVGAN
+from shared.models.bigvgan import BigVGAN, BigVGANConfig
 from shared.models.hift import HiFT
 from shared.models.spectral import SpectralVocoder
 
@@ -62,6 +63,34 @@ def test_safetensors_are_read_as_pickles_are(folder: Path) -> None:
 
 def test_a_folder_with_a_bigvgan_alone_is_a_vocoder() -> None:
     assert isinstance(load_vocoder(Checkpoint.resolve(GOLDEN / "bigvgan_small")), BigVGAN)
+
+
+def test_a_generator_as_nvidia_published_it_loads_with_its_weight_norm(tmp_path: Path) -> None:
+    """A folder of config.json and bigvgan_generator.pt, whose tensors lie under `generator`, weights as g and v."""
+    settings = {
+        "resblock": "1", "batch_size": 32, "learning_rate": 0.0001, "lr_decay": 0.9999996, "seed": 1234,
+        "upsample_rates": [8, 5, 4, 3], "upsample_kernel_sizes": [16, 11, 8, 7], "upsample_initial_channel": 32,
+        "resblock_kernel_sizes": [3, 7, 11], "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5], [1, 3, 5]],
+        "use_tanh_at_final": False, "use_bias_at_final": False, "activation": "snakebeta", "snake_logscale": True,
+        "use_cqtd_instead_of_mrd": True, "segment_size": 65536, "num_mels": 80, "num_freq": 1025, "n_fft": 1920,
+        "hop_size": 480, "win_size": 1920, "sampling_rate": 24000, "fmin": 0, "fmax": None, "num_workers": 4,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    wanted = BigVGAN(BigVGANConfig.from_nvidia(settings)).eval()
+    published: dict[str, torch.Tensor] = {}
+    for name, tensor in wanted.state_dict().items():
+        if name.endswith(".weight"):
+            size = torch.linalg.vector_norm(tensor.flatten(1), dim=1).view(-1, *[1] * (tensor.ndim - 1))
+            published |= {f"{name}_g": size, f"{name}_v": tensor * 3}
+        else:
+            published[name] = tensor
+    assert {"conv_pre.weight_g", "ups.0.0.weight_v", "resblocks.0.activations.0.act.beta"} <= published.keys()
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    torch.save({"generator": published}, tmp_path / "bigvgan_generator.pt")
+    vocoder = load_vocoder(Checkpoint.resolve(tmp_path))
+    assert isinstance(vocoder, BigVGAN)
+    mel = torch.randn(1, 80, 7)
+    torch.testing.assert_close(vocoder(mel), wanted(mel))
 
 
 def test_the_section_chooses_the_vocoder(folder: Path) -> None:
