@@ -14,6 +14,7 @@ TYPES = {
     "studio.css": "text/css",
     "studio.js": "text/javascript",
     "audio.js": "text/javascript",
+    "voices.js": "text/javascript",
     "icon.svg": "image/svg+xml",
 }
 HEADERS = {

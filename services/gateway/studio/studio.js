@@ -1,6 +1,7 @@
 // The studio: one form, one job at a time, its events, and its audio side by side.
 
 import { decode, record, spectrogram } from "/studio/audio.js";
+import { voices } from "/studio/voices.js";
 
 const $ = (id) => document.getElementById(id);
 const state = { options: null, recording: null, job: null, recorder: null, urls: [], sounds: [] };
@@ -78,6 +79,7 @@ function element(tag, text) {
   return Object.assign(document.createElement(tag), { textContent: text });
 }
 
+const picker = voices({ call, recording: () => state.recording, changed: () => state.options && showEdit() });
 const chosen = (group) => document.querySelector(`input[name=${group}]:checked`)?.value;
 const option = () => state.options.edits.find((edit) => edit.type === chosen("type"));
 
@@ -93,7 +95,7 @@ function showEdit() {
   $("meaning").textContent = edit.meaning + (edit.trained ? "" : " This checkpoint was not trained on it.");
   $("tags-row").hidden = !edit.takes.includes("detail");
   $("target-row").hidden = !edit.takes.includes("target_text");
-  $("text-row").hidden = !edit.takes.includes("text");
+  $("text-row").hidden = Boolean(picker.chosen()) || !edit.takes.includes("text");
   $("target-label").textContent = edit.type === "clone" ? "What to say" : "The same words, with sounds";
   $("run").textContent = edit.type === "clone" ? "Clone it" : "Edit it";
   $("iterations").disabled = edit.type === "clone";
@@ -127,6 +129,7 @@ function insert(text) {
 
 async function choose(blob, name) {
   state.recording = { blob, name };
+  picker.choose("");
   const sound = await decode(blob);
   $("chosen").textContent = sound ? `${name}, ${sound.seconds.toFixed(1)} s` : name;
   clearCards();
@@ -153,12 +156,13 @@ async function toggleRecording() {
 }
 
 function request() {
-  const edit = option(), form = new FormData();
+  const edit = option(), form = new FormData(), voice = picker.chosen();
   const fields = {
     type: edit.type,
     detail: edit.takes.includes("detail") ? chosen("detail") : "",
     target_text: edit.takes.includes("target_text") ? $("target").value : "",
-    text: edit.takes.includes("text") ? $("text").value : "",
+    text: edit.takes.includes("text") && !voice ? $("text").value : "",
+    n_best: $("n-best").value,
     iterations: edit.type === "clone" ? "" : $("iterations").value,
     seed: $("seed").value,
     format: $("format").value,
@@ -166,14 +170,15 @@ function request() {
     "decode.steps": $("steps").value,
   };
   for (const [name, value] of Object.entries(fields)) if (value) form.append(name, value);
-  form.append("audio", state.recording.blob, state.recording.name);
+  if (voice) form.append("voice", voice.id);
+  else form.append("audio", state.recording.blob, state.recording.name);
   return form;
 }
 
 function missing() {
-  const edit = option();
-  if (!state.recording) return ["Choose or record a recording first.", "file"];
-  if (edit.takes.includes("text") && !$("text").value.trim()) return ["Write down what the recording says.", "text"];
+  const edit = option(), voice = picker.chosen();
+  if (!state.recording && !voice) return ["Choose or record a recording first.", "file"];
+  if (edit.takes.includes("text") && !voice && !$("text").value.trim()) return ["Write down what the recording says.", "text"];
   if (edit.takes.includes("target_text") && !$("target").value.trim()) return ["Write the new text.", "target"];
   return null;
 }
@@ -191,18 +196,23 @@ async function run(event) {
   busy(true);
   tell("Sending the recording", "");
   try {
-    const { blob, name } = state.recording;
     const key = Array.from(crypto.getRandomValues(new Uint8Array(16)), (value) => value.toString(16).padStart(2, "0")).join("");
     const answer = await call("/v1/audio/edits", { method: "POST", body: request(), headers: { "idempotency-key": key } });
     state.job = await answer.json();
     clearCards();
-    await addCard(`Source: ${name}`, blob, await decode(blob));
+    await showSource(state.job.id);
     await follow(state.job.id);
   } catch (error) {
     tell("", error.message);
   }
   busy(false);
   await showHistory();
+}
+
+async function showSource(id) {
+  const voice = picker.chosen();
+  const blob = voice ? await (await call(`/v1/jobs/${id}/audio?iteration=0`)).blob() : state.recording.blob;
+  await addCard(`Source: ${voice ? voice.name : state.recording.name}`, blob, await decode(blob));
 }
 
 async function follow(id) {
@@ -328,6 +338,7 @@ async function start() {
   try {
     state.options = await (await call("/v1/edits/options")).json();
     showTypes();
+    await picker.refresh();
     $("run").disabled = false;
     tell("", "");
     await showHistory();

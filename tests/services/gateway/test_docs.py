@@ -14,6 +14,7 @@ import httpx
 import pytest
 from pydantic import TypeAdapter
 
+from services.decoder.settings import DecoderSettings
 from services.gateway.access import ApiKey
 from services.gateway.settings import GatewaySettings
 from tests.fixtures.gateways import Served, serving, wav
@@ -71,4 +72,5 @@ def test_paths_and_settings_of_the_document_exist(documented: Served) -> None:
     for path in named:
         assert path in {re.sub(r"\{\w+\}", "{id}", one) for one in known}, path
     fields = {f"EDITX_{name.upper()}" for name in GatewaySettings.model_fields} | {"EDITX_URL", "EDITX_API_KEY"}
+    fields |= {f"EDITX_DECODER_{name.upper()}" for name in DecoderSettings.model_fields}
     assert set(re.findall(r"EDITX_[A-Z_]+[A-Z]", DOCUMENT)) <= fields

@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from services.gateway.routes.studio import FOLDER, TYPES
+from tests.fixtures.gateways import wav
 
 
 @pytest.mark.parametrize("path", ["/", *(f"/studio/{name}" for name in TYPES)])
@@ -26,13 +27,14 @@ def test_the_page_names_the_files_that_are_served_and_no_other_host() -> None:
         assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", source), name
         assert set(re.findall(r"/studio/([\w.]+)", source)) <= set(TYPES), name
     assert not re.search(r"\son\w+=|style=", sources["index.html"])
-    assert "innerHTML" not in sources["studio.js"]
+    assert not [name for name, source in sources.items() if "innerHTML" in source]
 
 
 def test_every_element_that_the_script_asks_for_is_on_the_page() -> None:
-    page, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("index.html", "studio.js"))
+    page, *scripts = ((FOLDER / name).read_text(encoding="utf-8") for name in ("index.html", "studio.js", "voices.js"))
     on_page = set(re.findall(r'\bid="([\w-]+)"', page))
-    assert set(re.findall(r'\$\("([\w-]+)"\)', script)) <= on_page
+    for script in scripts:
+        assert set(re.findall(r'\$\("([\w-]+)"\)', script)) <= on_page
 
 
 def test_every_field_has_a_name_for_those_who_cannot_see_it() -> None:
@@ -56,3 +58,19 @@ def test_the_fields_that_the_script_sends_are_fields_of_the_api(client: httpx.Cl
     known = set(content["application/json"]["schema"]["properties"])
     assert len(sent) >= 8
     assert {name.split(".")[0] for name in sent} <= known
+
+
+def test_a_voice_is_stored_with_the_consent_that_the_page_asks_for(client: httpx.Client) -> None:
+    script, page = ((FOLDER / name).read_text(encoding="utf-8") for name in ("voices.js", "index.html"))
+    block = script[script.index("const parts = {") : script.index("for (const [field, value]")]
+    sent = set(re.findall(r"^ {6}(\w+):", block, re.MULTILINE))
+    assert sent == {"name", "text", "consent_statement", "consent_by"}
+    statement = re.search(r'id="consent-statement">([^<]+)<', page)
+    assert statement
+    body = {"name": "Studio", "text": "Hello.", "consent_statement": statement[1], "consent_by": "Ada L."}
+    answer = client.post("/v1/audio/voices", files={"audio": ("a.wav", wav(), "audio/wav")}, data=body)
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["consent"]["statement"] == statement[1]
+    edit = {"type": "denoise", "voice": answer.json()["id"]}
+    assert client.post("/v1/audio/edits", json=edit, headers={"prefer": "wait=20"}).json()["status"] == "done"
+    assert client.delete(f"/v1/audio/voices/{answer.json()['id']}").status_code == 204
