@@ -76,10 +76,14 @@ class KafkaBus:
         if len(value) > RECORD_BYTES_MAX:
             raise UserError(f"A record of {len(value)} bytes is too large for {topic}.",
                             f"At most {RECORD_BYTES_MAX} bytes; put the data in the artifact store.")  # fmt: skip
+        producer = None
         try:
-            future = self._make_producer().send(topic, key=key.encode(), value=value, headers=list(headers))
+            producer = self._make_producer()
+            future = producer.send(topic, key=key.encode(), value=value, headers=list(headers))
             future.get(timeout=self._settings.delivery_timeout_ms / 1000 + 1)
         except (KafkaError, TimeoutError) as error:
+            if producer is not None and producer._transaction_manager.has_fatal_error():
+                self._replace_producer(producer)
             raise _unavailable(self._servers, error) from error
 
     def subscribe(
@@ -152,6 +156,15 @@ class KafkaBus:
                 self._admin = None
         if admin is not None:
             admin.close()
+
+    def _replace_producer(self, producer: KafkaProducer) -> None:
+        """Have the next publish make another producer: one whose broker once failed to give it an id stays unusable."""
+        with self._lock:
+            if self._producer is not producer:
+                return
+            self._producer = None
+        log.warning("the producer cannot go on and is made anew")
+        producer.close(timeout=0)
 
     def _make_producer(self) -> KafkaProducer:
         with self._lock:
