@@ -23,6 +23,7 @@ from shared.codes import GROUP, LINGUISTIC_SIZE, Codes, split, time_align
 from shared.errors import TransientError, UserError
 from shared.models.flow import Flow, FlowStream, FlowVoice, read_voice
 from shared.models.vocoder_stream import Vocoder, open_stream
+from shared.tallies import looked_up
 
 Audio = npt.NDArray[np.float32]
 FILLER = (0, LINGUISTIC_SIZE, LINGUISTIC_SIZE, LINGUISTIC_SIZE)  # completes a group that was cut short, as published
@@ -128,7 +129,9 @@ class Voices:
         """The reference as the flow has read it for this many steps and this guidance."""
         key = _digest(voice, f"{steps} {cfg_rate}")
         with self._lock:
-            if (known := self._known.get(key)) is not None:
+            known = self._known.get(key)
+            looked_up("voices", hits=known is not None, misses=known is None)
+            if known is not None:
                 self._known.move_to_end(key)
                 return known
         made = read_voice(self._flow, voice.pairs, voice.mel, voice.speaker, steps=steps, cfg_rate=cfg_rate)
