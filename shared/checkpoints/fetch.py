@@ -100,8 +100,8 @@ def fetch(
     """Download a release into `target` (default: its name in the checkpoints folder) and return that folder.
 
     Takes the commits of the lock file when there is one, else the pinned ones, and with `update` the newest;
-    `revision` names the commit of the language model's repository. Raises UserError (unknown release, disk full, another
-    hub locked), HubUnreachable with the place where the files can be put by hand, or HashMismatch.
+    `revision` names the commit of the language model's repository. Raises UserError (unknown release, disk full,
+    another hub locked), HubUnreachable with the place where the files can be put by hand, or HashMismatch.
     """
     if release not in RELEASES:
         raise UserError(f"No release called '{release}'.", f"Known: {', '.join(RELEASES)}.", "unknown_release")

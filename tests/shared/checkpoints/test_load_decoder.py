@@ -10,12 +10,12 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from shared.checkpoints.decoder import SpectralRows, build_vocoder, load_flow, load_vocoder, read_config, read_yaml
+from shared.checkpoints.decoder import build_vocoder, load_flow, load_vocoder, read_config, read_yaml
 from shared.checkpoints.layout import Checkpoint, InvalidCheckpoint
 from shared.errors import MissingComponent
 from shared.models.bigvgan import BigVGAN, BigVGANConfig
 from shared.models.hift import HiFT
-from shared.models.spectral import SpectralVocoder
+from shared.models.spectral import SpectralRows, SpectralVocoder
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 PUBLISHED_STYLE = """
