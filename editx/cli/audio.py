@@ -19,7 +19,9 @@ def edit(
     ],
     out: options.OutOption = None,
     text: Annotated[str | None, typer.Option("--text", help="What is said in it; else a .txt beside the file.")] = None,
-    emotion: Annotated[str | None, typer.Option("--emotion", help="happy, sad, angry, ... or remove.")] = None,
+    emotion: Annotated[
+        str | None, typer.Option("--emotion", help="happy, sad, ... or remove. `editx checkpoint info` lists all.")
+    ] = None,
     style: Annotated[str | None, typer.Option("--style", help="whisper, child, news, ... or remove.")] = None,
     speed: Annotated[str | None, typer.Option("--speed", help='faster, slower, "more faster", "more slower".')] = None,
     denoise: Annotated[bool, typer.Option("--denoise", help="Remove noise.")] = False,
@@ -59,7 +61,7 @@ def clone(
     reference: Annotated[str, typer.Argument(metavar="REF", help="An audio file, a stored voice's name, or -.")],
     text: Annotated[str, typer.Option("--text", help="What to say.")],
     ref_text: Annotated[str | None, typer.Option("--ref-text", help="What the reference says; else its .txt.")] = None,
-    out: options.OutOption = None,
+    out: options.CloneOutOption = None,
     checkpoint: options.CheckpointOption = "nano",
     device: options.DeviceOption = "cpu",
     seed: options.SeedOption = None,

@@ -32,3 +32,9 @@ OutOption = Annotated[
         help="WAV, FLAC, MP3 or Opus by its suffix, IN.edited.wav by default; a folder for a batch; - for stdout.",
     ),
 ]
+CloneOutOption = Annotated[
+    str | None,
+    typer.Option(
+        "--out", "-o", help="WAV, FLAC, MP3 or Opus by its suffix, REF.cloned.wav by default; - for stdout."
+    ),
+]

@@ -57,4 +57,20 @@ def open_editor(checkpoint: str, device: str) -> Editor | RemoteEditor:
         return RemoteEditor(gateway.url, gateway.api_key)
     from editx.api import Editor
 
+    check_device(device)
     return Editor(checkpoint, device=device)
+
+
+def check_device(device: str) -> None:
+    """Raise UserError for a device that this machine or its torch does not have."""
+    if device == "cpu":
+        return
+    import torch
+
+    number = device.removeprefix("cuda").removeprefix(":") or "0"
+    if not device.startswith("cuda") or not number.isdecimal():
+        raise UserError(f"There is no device {device!r}.", "Use cpu, cuda or cuda:N.", "no_device")
+    if int(number) >= torch.cuda.device_count():
+        found = f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "no GPU"
+        raise UserError(f"There is no device {device!r}: torch {torch.__version__} finds {found}.",
+                        "Use --device cpu; `editx doctor` shows what there is.", "no_device")  # fmt: skip

@@ -60,6 +60,8 @@ def run_one(
     if out == STDOUT and settings.as_json:
         raise UserError("Audio and JSON cannot share standard output.", "Give a file with --out.", "stdout_taken")
     _check_target(out)
+    if settings.picture is not None and not settings.picture.parent.is_dir():
+        raise UserError(f"The folder {settings.picture.parent} does not exist.", "Make it first.", "cannot_write")
     recording = read_source(source)
     request = settings.request(edit, _text(source, recording, edit, text, settings))
     with open_editor(settings.checkpoint, settings.device) as editor:

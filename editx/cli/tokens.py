@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from editx.cli import options
+from editx.cli.remote import check_device
 
 if TYPE_CHECKING:
     pass
@@ -27,6 +28,7 @@ def tokenize(
     from shared.audio.io import write_atomically
 
     target = out or Path(f"{source.stem}.safetensors")
+    check_device(device)
     with Editor(checkpoint, device=device) as editor:
         tokens = editor.tokenize(source)
     write_atomically(target, tokens.to_bytes())
@@ -64,6 +66,7 @@ def decode(
     from editx.api import Editor, save_audio
 
     tokens, voice = _read(source), _read(reference) if reference else None
+    check_device(device)
     with Editor(checkpoint, device=device) as editor:
         audio = editor.decode(tokens, voice, steps=steps, seed=seed or 0)
     save_audio(audio, out)

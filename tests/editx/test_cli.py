@@ -193,6 +193,9 @@ def test_a_recording_that_cannot_be_used_is_refused_by_name(
         (["--denoise", "--checkpoint", "nothing-here"], 3, "nothing-here"),
         (["--denoise", "--seed", "-1"], 2, "seed"),
         (["--denoise", "--json", "-o", "-"], 2, "standard output"),
+        (["--denoise", "--device", "cuda:77"], 2, "no device 'cuda:77'"),
+        (["--denoise", "--device", "tpu"], 2, "cuda:N"),
+        (["--denoise", "--picture", "nowhere/x.png"], 6, "does not exist"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_a_reason(
