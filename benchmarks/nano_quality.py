@@ -257,11 +257,15 @@ print(time.perf_counter() - began - result.seconds, result.seconds)
 again = editor.edit(Path(sys.argv[2]), emotion="happy", seed=7)
 import resource
 print(again.rtf, again.audio.duration_s, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+from benchmarks.first_audio import measure
+speech = measure(editor.system, calls=5)
+print(*(speech[voice]["first audio s"] for voice in ("a new voice", "a known voice")))
+editor.close()
 """
 
 
 def footprint(checkpoint: str, root: Path) -> dict[str, Scores]:
-    """Size on disk, and a fresh process's start, second edit and memory."""
+    """Size on disk, and a fresh process's start, second edit, memory, and first audio of speech (`first_audio`)."""
     clip = ROOT / "tests" / "data" / "audio" / "en_happy_prompt.wav"
     done = subprocess.run(
         [sys.executable, "-c", COLD, checkpoint, str(clip)],
@@ -270,14 +274,17 @@ def footprint(checkpoint: str, root: Path) -> dict[str, Scores]:
         timeout=600,
         check=True,
         env=os.environ,
+        cwd=ROOT,
     )
-    start, second = done.stdout.strip().splitlines()[-2:]
+    start, second, third = done.stdout.strip().splitlines()[-3:]
     first, (rtf, seconds, resident) = start.split(), (float(x) for x in second.split())
+    new_voice, known_voice = (float(x) for x in third.split())
     size = sum(f.stat().st_size for f in root.rglob("*") if f.is_file()) / 1e6
     return {
         "editx": {
             "on disk MB": size, "imports s": float(first[0]), "first edit s": float(first[1]),
             "RTF of a second edit": rtf, "its audio s": seconds, "resident GB": resident,
+            "first audio, new voice s": new_voice, "known voice s": known_voice,
         }
     }  # fmt: skip
 
