@@ -50,7 +50,7 @@ def broker(
     return Program("broker", command, accepts_connections(port), environment or {}, stop_s=1.0)
 
 
-def object_store(port: int, folder: Path) -> Program:
+def object_store(port: int, folder: Path, name: str = "store") -> Program:
     """SeaweedFS with its S3 gateway on `port`; its inner ports are derived from it."""
     folder.mkdir(parents=True, exist_ok=True)
     command = (
@@ -59,7 +59,7 @@ def object_store(port: int, folder: Path) -> Program:
         "-webdav=false", "-admin.ui=false",
     )  # fmt: skip
     keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
-    return Program("store", command, answers_http(f"http://127.0.0.1:{port}/healthz"), keys, stop_s=10.0)
+    return Program(name, command, answers_http(f"http://127.0.0.1:{port}/healthz"), keys, stop_s=10.0)
 
 
 def redis(port: int, folder: Path) -> Program:

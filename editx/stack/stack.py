@@ -29,7 +29,8 @@ BUCKET = "editx"
 BROKER_BUCKET = "broker"
 FETCH_WAIT_MS = 20
 """Short, since Tansu answers a waiting fetch late; Apache Kafka answers at once and needs no such setting."""
-ORDER = ("store", "redis", "broker", "triton")
+ORDER = ("store", "disk", "redis", "broker", "triton")
+"""The servers as they start. The disk is an S3 server for the broker alone: that one keeps its records nowhere else."""
 WORKERS = ("tokenizer", "llm", "decoder", "reward")
 
 
@@ -38,7 +39,7 @@ class Options:
     """What a stack consists of.
 
     `inference`: models behind Triton, inside each worker ("local"), or null models that do nothing. `workers` is the
-    number of processes per service. The broker keeps records in the S3 server, or in its memory. With `detour`,
+    number of processes per service. The broker keeps records in a store of its own, or in its memory. With `detour`,
     clients come to ports that much higher, where somebody passes on what they say.
     """
 
@@ -127,7 +128,7 @@ class Stack:
 
     def store(self) -> S3Store:
         """A client of the stack's artifact store."""
-        return self._bucket(BUCKET)
+        return self._bucket(BUCKET, self.options.port)
 
     def bus(self) -> KafkaBus:
         """A client of the stack's broker."""
@@ -144,6 +145,8 @@ class Stack:
         port, data = self.options.port, self.folder / "data"
         if name == "store":
             return servers.object_store(port, data / "store")
+        if name == "disk":
+            return servers.object_store(self._disk_port, data / "disk", name)
         if name == "redis":
             return servers.redis(port + 10, data / "redis")
         if name == "broker":
@@ -163,7 +166,11 @@ class Stack:
     def names(self) -> list[str]:
         """All processes, in the order in which they start."""
         workers = [f"{service}-{number}" for service in self.options.services for number in range(self.options.workers)]
-        servers_ = [name for name in ORDER if name != "triton" or self.options.inference == "triton"]
+        left_out = {
+            "triton": self.options.inference != "triton",
+            "disk": self.options.broker_storage == "memory",
+        }
+        servers_ = [name for name in ORDER if not left_out.get(name)]
         return [*servers_, *workers, "intake", *(["gateway"] if self.options.gateway else [])]
 
     # Starting, stopping, looking.
@@ -172,9 +179,10 @@ class Stack:
         """Start everything that does not run yet, and return when all of it answers. Raises NotReady."""
         self.folder.mkdir(parents=True, exist_ok=True)
         names = self.names()
-        self._start_all([name for name in names if name == "store"])
-        for bucket in (BUCKET, BROKER_BUCKET):
-            self._bucket(bucket).create_bucket()
+        self._start_all([name for name in names if name in ("store", "disk")])
+        self._bucket(BUCKET, self.options.port).create_bucket()
+        if "disk" in names:
+            self._bucket(BROKER_BUCKET, self._disk_port).create_bucket()
         self._start_all([name for name in names if name in ("redis", "broker")])
         bus = self.bus()
         bus.create_topics(topics(self.options.partitions))
@@ -265,7 +273,7 @@ class Stack:
             return servers.broker(port, advertised=advertised)
         store = {
             "AWS_ACCESS_KEY_ID": servers.ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": servers.SECRET_KEY,
-            "AWS_ENDPOINT": f"http://127.0.0.1:{self.options.port}", "AWS_ALLOW_HTTP": "true",
+            "AWS_ENDPOINT": f"http://127.0.0.1:{self._disk_port}", "AWS_ALLOW_HTTP": "true",
             "AWS_DEFAULT_REGION": "us-east-1",
         }  # fmt: skip
         return servers.broker(port, f"s3://{BROKER_BUCKET}/", store, advertised=advertised)
@@ -281,8 +289,12 @@ class Stack:
         environment = {**self.environment, "EDITX_ALIVE_FILE": str(alive)}
         return Program(name, (sys.executable, "-m", *module), alive.is_file, environment, ready_s=90.0)
 
-    def _bucket(self, bucket: str) -> S3Store:
-        return S3Store(f"127.0.0.1:{self.options.port}", bucket, access_key=servers.ACCESS_KEY,
+    @property
+    def _disk_port(self) -> int:
+        return self.options.port + 40
+
+    def _bucket(self, bucket: str, port: int) -> S3Store:
+        return S3Store(f"127.0.0.1:{port}", bucket, access_key=servers.ACCESS_KEY,
                        secret_key=servers.SECRET_KEY, secure=False)  # fmt: skip
 
 

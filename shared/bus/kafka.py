@@ -160,11 +160,12 @@ class KafkaBus:
     def _replace_producer(self, producer: KafkaProducer) -> None:
         """Have the next publish make another producer: one whose broker once failed to give it an id stays unusable."""
         with self._lock:
-            if self._producer is not producer:
-                return
-            self._producer = None
-        log.warning("the producer cannot go on and is made anew")
-        producer.close(timeout=0)
+            is_current = self._producer is producer
+            if is_current:
+                self._producer = None
+        if is_current:
+            log.warning("the producer cannot go on and is made anew")
+            producer.close(timeout=0)
 
     def _make_producer(self) -> KafkaProducer:
         with self._lock:
