@@ -36,6 +36,10 @@ def test_an_edit_goes_through_every_model(real: Served, speech: bytes) -> None:
         job = client.post("/v1/audio/edits", data=fields, files={"audio": speech}, timeout=60.0).json()
         assert job["status"] == "done", job
         samples, rate = soundfile.read(io.BytesIO(client.get(job["audio"][0]["href"]).content))
+        measured = client.get("/metrics").text
+    for model in ("tokenizer", "llm", "decoder"):
+        assert f'editx_batch_rows_total{{model="{model}"}}' in measured
+    assert 'editx_cache_misses_total{cache="recordings"}' in measured
     assert rate == 24_000
     assert len(samples) / rate == pytest.approx(job["steps"][1]["metrics"]["audio_s"], abs=0.01)
 
