@@ -28,6 +28,7 @@ from shared.models.spectral import SpectralConfig, SpectralVocoder
 from shared.models.vocoder_stream import VocoderStream
 
 TOKENS_PER_S, FRAMES_PER_S = 25, 50
+FIRST_PAIRS = 15  # a stream's first chunk of 12 and the look-ahead
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -142,8 +143,29 @@ def vocoder_rows(options: argparse.Namespace, clock: Callable[[], float]) -> Ite
             yield Row(name, batch, 0, took, options.seconds)
 
 
+def both_rows(options: argparse.Namespace, clock: Callable[[], float]) -> Iterator[Row]:
+    """Tokens to sound, one job of ten steps: flow and HiFT in float32, and both in bfloat16."""
+    flow, hift = build_flow(options.device), HiFT(HiFTConfig()).eval().to(options.device)
+    job, exact = Jobs.make(options.reference, options.seconds, 1, options.device), None
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        parts = copy.deepcopy(flow).to(dtype), hift if dtype == torch.float32 else hift.lower_precision(dtype)
+        spoken(*parts, job, 1)
+        took, mel = seconds_of(partial(spoken, *parts, job, max(options.steps)), options.runs, clock, options.device)
+        exact = mel if exact is None else exact
+        error = None if exact is mel else float((mel - exact).abs().mean() / exact.std())
+        yield Row(f"flow + HiFT {name}", 1, max(options.steps), took, options.seconds, error)
+
+
+def spoken(flow: Flow, hift: HiFT, job: Jobs, steps: int) -> Tensor:
+    """Make a job's sound; the mel that it was made of."""
+    mel = job.run(flow, steps)
+    with torch.inference_mode():
+        hift(mel[:, job.prompt_mel.shape[1] :].transpose(1, 2))
+    return mel
+
+
 def stream_rows(options: argparse.Namespace, clock: Callable[[], float]) -> Iterator[Row]:
-    """From the 30th audio token to the first 0.44 s of sound: the reference, the first chunk, HiFT."""
+    """From the 25th audio token to the first 0.32 s of sound: the reference, the first chunk, HiFT."""
     flow, hift = build_flow(options.device), HiFT(HiFTConfig()).eval().to(options.device)
     jobs = Jobs.make(options.reference, 0.72, 1, options.device)
     for name, model in (("float32", flow), ("bfloat16", copy.deepcopy(flow).to(torch.bfloat16))):
@@ -158,7 +180,10 @@ def first_audio(flow: Flow, hift: HiFT, jobs: Jobs, steps: int) -> Tensor:
     mel, tokens = jobs.prompt_mel[0], jobs.tokens[0]
     reference = len(mel) // flow.frames_per_token
     stream = FlowStream(read_voice(flow, tokens[:reference], mel, jobs.speaker[0], steps=steps))
-    return VocoderStream(hift).push(stream.push(tokens[reference:]).T)
+    return VocoderStream(hift).push(stream.push(tokens[reference : reference + FIRST_PAIRS]).T)
+
+
+TABLES = {"flow": flow_rows, "vocoder": vocoder_rows, "both": both_rows, "stream": stream_rows}
 
 
 def main() -> None:
@@ -173,18 +198,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", default="wall", choices=list(CLOCKS))
     parser.add_argument(
-        "--parts", nargs="+", default=["flow", "vocoder", "stream"], choices=["flow", "vocoder", "stream"]
+        "--parts", nargs="+", default=["flow", "vocoder", "both", "stream"], choices=list(TABLES)
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     timed = f"{options.threads} threads, {options.clock} time, torch {torch.__version__}"
     print(f"{options.device}, {timed}, {options.reference} s of reference, {options.seconds} s of result")
     print(f"{'what':32} {'batch':>5} {'steps':>5} {'seconds':>9} {'RTF':>8} {'speed':>9} {'mel error':>10}")
-    tables = {"flow": flow_rows, "vocoder": vocoder_rows, "stream": stream_rows}
     for part in options.parts:
         baseline: float | None = None
-        for row in tables[part](options, CLOCKS[options.clock]):
-            baseline = baseline or (row.rtf if part == "flow" else None)
+        for row in TABLES[part](options, CLOCKS[options.clock]):
+            baseline = baseline or (row.rtf if part in ("flow", "both") else None)
             print(row.line(baseline), flush=True)
 
 
