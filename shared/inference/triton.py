@@ -6,6 +6,7 @@ Which models answer through streams (decoupled ones), and the shapes they take, 
 from __future__ import annotations
 
 import itertools
+import json
 import queue
 import threading
 import time
@@ -132,9 +133,25 @@ class TritonInference:
                 for found in index.get("models", [])]  # fmt: skip
 
     def load(self, model: str, timeout_s: float = 600.0) -> None:
-        """Load a model, or load it again: calls are served by the old instance until the new one is ready."""
-        self._operate(lambda: self._control.load_model(model, client_timeout=timeout_s))
+        """Load a model, or load it again: calls are served by the old instance until the new one is ready.
+
+        Triton skips a load when the model's files are those it has, and a new checkpoint is none of them. So a model
+        that is there is loaded by its own configuration with the time added, which is a change.
+        """
+        known = self._configuration(model)
+        if known is not None:
+            known.setdefault("parameters", {})["loaded_at_ns"] = {"string_value": str(time.time_ns())}
+        config = None if known is None else json.dumps(known)
+        self._operate(lambda: self._control.load_model(model, config=config, client_timeout=timeout_s))
         self._facts.pop(model, None)
+
+    def _configuration(self, model: str) -> dict[str, Any] | None:
+        """The configuration of a loaded model; None when it is not loaded."""
+        try:
+            found = self._control.get_model_config(model, as_json=True, client_timeout=10.0)
+        except InferenceServerException:
+            return None
+        return dict(found["config"])
 
     def unload(self, model: str) -> None:
         """Take a model away when the calls that run have ended."""

@@ -173,7 +173,7 @@ class PpoTrainer:
                 values[rows, :width] = self._values(part)
         scores = torch.zeros_like(batch.mask)
         for row, own in enumerate(self.scorer.score(rollouts)):
-            scores[row, : len(own)] = torch.from_numpy(np.ascontiguousarray(own)).to(scores)
+            scores[row, : len(own)] = torch.from_numpy(np.array(own)).to(scores)  # a server's arrays are read-only
         rewards = shaped_rewards(
             scores, batch.audio, kl_estimate(old, reference, "k1"), batch.mask, c.kl_beta, "mean", c.placement
         )
