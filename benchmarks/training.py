@@ -6,9 +6,8 @@ Random weights at the sizes named, no checkpoint needed:
     python -m benchmarks.training --device cuda --size nano --rows 64
     python -m benchmarks.training --device cuda --size official --checkpointing
 
-The last row is TRL's SFTTrainer in the same run, where trl is installed (`pip install trl`): a Llama of the same sizes
-on chats of the same lengths, without packing. TRL's reward and PPO trainers score an answer by its last token only and
-draw from the whole vocabulary, so their steps are not the same work and have no row.
+Under the SFT and reward rows stand TRL's steps in the same run, where trl is installed (`pip install trl`), or why TRL
+has none (`benchmarks.trl_steps`). `--steps sft` times some of the steps.
 
 A PPO update counts the tokens of prompts and answers once, whatever the number of epochs. Rollouts are drawn at
 temperature 1, `--slots` side by side.
@@ -17,16 +16,15 @@ temperature 1, `--slots` side by side.
 from __future__ import annotations
 
 import argparse
-import importlib
 import resource
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from benchmarks import trl_steps
 from services.trainer.core.batches import Encoded, packed
 from services.trainer.core.objectives import bradley_terry, gae, kl_estimate, policy_loss, shaped_rewards, value_loss
 from services.trainer.core.sampling import Vocabulary, draw, log_probs, sequences
@@ -42,6 +40,7 @@ SIZES = {
     "official": Step1Config(3072, 8192, 48, 4, 32, 74752),
 }
 WARMUP = 1
+STEPS = ("sft", "reward", "ppo", "rollouts")
 
 
 @dataclass(frozen=True)
@@ -172,52 +171,6 @@ class Bench:
         return step
 
 
-def _each(chats: list[dict[str, list[int]]]) -> Iterator[dict[str, list[int]]]:
-    yield from chats
-
-
-def trl_sft(size: str, load: Load, loop: LoopConfig, repeats: int) -> tuple[float, float] | None:
-    """Seconds per step of TRL's SFTTrainer and the peak memory in GB; None without the package."""
-    try:
-        datasets, tokenizers, transformers, trl = (
-            importlib.import_module(name) for name in ("datasets", "tokenizers", "transformers", "trl")
-        )
-    except ModuleNotFoundError:
-        return None
-    shape, rng, device = SIZES[size], np.random.default_rng(0), torch.device(loop.device)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size, vocab_size=shape.vocab_size,
-        num_attention_heads=shape.num_attention_heads, num_key_value_heads=shape.num_attention_groups,
-        num_hidden_layers=shape.num_hidden_layers, pad_token_id=0,
-    ))  # fmt: skip
-    ids = rng.integers(5, shape.vocab_size, (load.rows * (repeats + WARMUP), load.tokens // load.rows))
-    chats = [{"input_ids": row, "labels": [-100] * load.prompt + row[load.prompt :]} for row in ids.tolist()]
-    rows = datasets.IterableDataset.from_generator(_each, gen_kwargs={"chats": chats})
-    seconds: list[float] = []
-
-    class Clock(transformers.TrainerCallback):  # type: ignore[misc,name-defined]
-        def on_step_begin(self, *_: object, **__: object) -> None:
-            self.began = time.perf_counter()
-
-        def on_step_end(self, *_: object, **__: object) -> None:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - self.began)
-
-    with tempfile.TemporaryDirectory() as folder:
-        settings = trl.SFTConfig(
-            folder, per_device_train_batch_size=load.rows, max_steps=repeats + WARMUP, max_length=None, report_to=[],
-            use_cpu=device.type == "cpu", save_strategy="no", learning_rate=loop.lr, disable_tqdm=True,
-            bf16=loop.precision == "bf16" or (loop.precision == "auto" and device.type == "cuda"),
-            gradient_checkpointing=loop.gradient_checkpointing, logging_strategy="no",
-            dataset_kwargs={"skip_prepare_dataset": True},
-        )  # fmt: skip
-        words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "<end>": 1}, unk_token="<pad>"))
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
-        trl.SFTTrainer(model, settings, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()]).train()
-    return float(np.median(seconds[WARMUP:])), peak_gb(device)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="nano")
@@ -230,6 +183,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", choices=["auto", "bf16", "float32"], default="auto")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     loop = LoopConfig(lr=1e-5, final_lr=1e-6, device=a.device, precision=a.precision,
@@ -237,19 +191,24 @@ def main() -> None:
     load = Load(a.rows, a.prompt, a.groups)
     print(f"{a.size}, {a.device}, {load.rows} x ({load.prompt} + {load.groups * 5}) tokens, torch {torch.__version__}")
     print("| step | s | tokens/s | peak GB |\n|---|---|---|---|")
+    shape = SIZES[a.size]
     for name, tokens in (("sft", load.tokens), ("reward", 2 * load.tokens), ("ppo", load.tokens)):
+        if name not in a.steps:
+            continue
         bench = Bench(a.size, load, loop)
         seconds, memory = timed(getattr(bench, name)(), a.repeats, bench.device)
         print(f"| {name} | {seconds:.3f} | {tokens / seconds:.0f} | {memory:.2f} |", flush=True)
-    found = trl_sft(a.size, load, loop, a.repeats)
-    if found is None:
-        print("| TRL's SFTTrainer | TRL not installed | | |")
-    else:
-        print(f"| TRL's SFTTrainer | {found[0]:.3f} | {load.tokens / found[0]:.0f} | {found[1]:.2f} |", flush=True)
-    bench = Bench(a.size, load, loop)
-    seconds, memory = timed(bench.rollouts(a.slots), a.repeats, bench.device)
-    print(f"| rollouts | {seconds:.3f} | {load.rows * load.groups * 5 / seconds:.0f} (up to) | {memory:.2f} |")
-    print(f"{load.rows / seconds:.1f} rollouts/s of at most {load.groups * 5} tokens")
+        found = trl_steps.time_step(name, shape, load, loop, a.repeats)
+        if isinstance(found, str):
+            print(f"| TRL, {name} | {found} | | |", flush=True)
+        else:
+            print(f"| TRL, {name} | {found:.3f} | {tokens / found:.0f} | {peak_gb(bench.device):.2f} |", flush=True)
+    if "rollouts" in a.steps:
+        bench = Bench(a.size, load, loop)
+        seconds, memory = timed(bench.rollouts(a.slots), a.repeats, bench.device)
+        print(f"| rollouts | {seconds:.3f} | {load.rows * load.groups * 5 / seconds:.0f} (up to) | {memory:.2f} |")
+        print(f"| TRL, rollouts | {trl_steps.NO_ROLLOUTS} | | |")
+        print(f"{load.rows / seconds:.1f} rollouts/s of at most {load.groups * 5} tokens")
 
 
 if __name__ == "__main__":
