@@ -39,7 +39,7 @@ PAUSE_S = 4.0
 """Longer than the lease of the workers under test."""
 LEASE_S = 3.0
 ACCEPT_PATIENCE_S = 60.0
-DETOUR = 5
+DETOUR = 6
 """The proxies that cut processes off listen on ports this much above the servers'."""
 
 

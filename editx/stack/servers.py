@@ -56,7 +56,7 @@ def object_store(port: int, folder: Path, name: str = "store") -> Program:
     command = (
         str(packages().parents[2] / "bin/weed"), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
         f"-s3.port={port}", f"-master.port={port + 1}", f"-volume.port={port + 2}", f"-filer.port={port + 3}",
-        "-webdav=false", "-admin.ui=false",
+        f"-admin.port={port + 4}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false",
     )  # fmt: skip
     keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
     return Program(name, command, answers_http(f"http://127.0.0.1:{port}/healthz"), keys, stop_s=10.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,21 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from editx.api import Editor, Result, Source
 from editx.embedded import Embedded
 from shared.audio.io import Waveform, read_audio, write_audio
 from shared.checkpoints.layout import Checkpoint
-from shared.checkpoints.reward import save_head
-from shared.checkpoints.step1 import load_step1
 from shared.errors import MissingComponent, UserError
 from shared.jobs import machine
 from shared.jobs.port import Idempotency
 from shared.jobs.sqlite import SqliteJobStore
-from shared.models.reward import Step1Reward
 from shared.schemas import DecodeSettings, Edit, JobRequest, JobState
 from shared.store.folder import FolderStore
+from tests.fixtures.tiny import with_reward
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,13 +102,7 @@ def test_a_wrong_request_is_refused_before_it_becomes_a_job(editor: Editor, spee
 
 
 def test_the_reward_model_chooses_between_candidates(tiny: Path, tmp_path: Path, speech: Waveform) -> None:
-    judged = tmp_path / "judged"
-    shutil.copytree(tiny, judged)
-    shutil.copytree(judged / "Step-Audio-EditX", judged / "reward")
-    torch.manual_seed(0)
-    model = Step1Reward(load_step1(Checkpoint.resolve(judged / "reward")))
-    torch.nn.init.normal_(model.head.weight)
-    save_head(model, judged / "reward", aggregate="mean")
+    judged = with_reward(tiny, tmp_path / "judged")
     with Editor(judged) as editor:
         result = editor.edit(speech, denoise=True, n_best=3, seed=3, steps=2)
     assert [timing.kind for timing in result.job.timings] == ["tokenize", "generate", "score", "decode"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,16 +10,22 @@ from pathlib import Path
 import pytest
 
 from editx.stack.stack import Options, Stack
+from tests.fixtures.tiny import with_reward
+
+WEBHOOK_SECRET = "whsec_" + base64.b64encode(b"a secret of thirty-two bytes....").decode()
 
 
 @pytest.fixture(scope="session")
 def stack(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     options = Options(
         port=23_000 + os.getpid() % 5_000 // 50 * 50,
-        checkpoint=str(tiny),
-        services=("tokenizer", "llm", "decoder"),
+        checkpoint=str(with_reward(tiny, tmp_path_factory.mktemp("judged") / "tiny")),
         lease_s=4.0,
-        settings={"EDITX_SWEEP_EVERY_S": "1"},
+        settings={
+            "EDITX_SWEEP_EVERY_S": "1",
+            "EDITX_WEBHOOK_SECRET": WEBHOOK_SECRET,
+            "EDITX_WEBHOOK_ALLOWED_HOSTS": '["127.0.0.1"]',
+        },
     )
     stack = Stack(tmp_path_factory.mktemp("stack"), options)
     try:

@@ -6,12 +6,9 @@ import base64
 import ipaddress
 import json
 import socket
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -21,45 +18,10 @@ from services.gateway import webhooks
 from services.gateway.addresses import RefusedAddress, is_public, resolve
 from services.gateway.webhooks import Webhooks
 from tests.fixtures.gateways import Served, serving, wav
+from tests.fixtures.receiver import Receiver
 
 SECRET = "whsec_" + base64.b64encode(b"a secret of thirty-two bytes....").decode()
 DENOISE = {"type": "denoise"}
-
-
-class Receiver:
-    """Takes posts and answers them with the statuses in `answers`, then with 204."""
-
-    def __init__(self) -> None:
-        self.posts: list[tuple[dict[str, str], bytes]] = []
-        self.answers: list[tuple[int, dict[str, str]]] = []
-        receiver = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                receiver.posts.append(({name.lower(): value for name, value in self.headers.items()}, body))
-                status, headers = receiver.answers.pop(0) if receiver.answers else (204, {})
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.end_headers()
-
-            def log_message(self, *_: Any) -> None:
-                return
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/hook"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def wait(self, count: int, timeout_s: float = 10.0) -> list[tuple[dict[str, str], bytes]]:
-        until = time.monotonic() + timeout_s
-        while len(self.posts) < count and time.monotonic() < until:
-            time.sleep(0.02)
-        return self.posts
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
 
 @pytest.fixture
