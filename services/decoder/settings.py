@@ -30,10 +30,9 @@ class DecoderSettings(BaseSettings):
     )
     max_duration_s: float = Field(default=600.0, gt=0, description="Longest reference and result together.")
     chunk_tokens: tuple[PositiveInt, ...] = Field(
-        default=(12, 15, 45), min_length=1,
+        default=(12, 15, 30, 45), min_length=1,
         description="Chunks of a stream in 40 ms tokens: the first, the second, ..., and the last ever after. With the "
-        "flow's look-ahead of 3, these sizes need 15, 15 and 45 tokens: one, one and three pieces of the language "
-        "model's stream.",
+        "flow's look-ahead of 3, these sizes take one, one, two and three pieces of the language model's stream.",
     )  # fmt: skip
     voice_cache_mb: int = Field(
         default=256, ge=0, description="Memory for references that streams have begun from: the next begins at once. "
