@@ -52,7 +52,7 @@ def draw_histograms(groups: Mapping[str, Sequence[float]], target: Path, title: 
         return
     figure, axis = pyplot.subplots(figsize=(6, 3.2))
     everything = [value for values in groups.values() for value in values]
-    span = (min(everything), max(everything))
+    span = (min(everything) - 1e-3, max(everything) + 1e-3)  # equal values still need an axis
     for name, values in groups.items():
         axis.hist(values, bins=bins, range=span, alpha=0.55, label=f"{name} ({len(values)})")
     axis.set_title(title, fontsize=10)

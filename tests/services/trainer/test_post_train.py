@@ -8,7 +8,9 @@ import pytest
 
 from editx.training import EngineRollouts, Served
 from services.trainer.core.sampling import Vocabulary
+from services.trainer.data.margin import MarginScorer
 from services.trainer.data.paralinguistic_sounds import TAGS
+from services.trainer.evaluate.acoustic import PAIR_FEATURES
 from services.trainer.ppo.rollouts import Prompt
 from services.trainer.recipes.post_train import config as forms
 from services.trainer.recipes.post_train.config import FORMS
@@ -50,7 +52,11 @@ def sentences(language: str, held_out: bool) -> list[str]:
 def post(checkpoint: Checkpoint, tmp_path_factory):
     served = Served()
     readers = [Tones("good", held_out=True), Tones("cheap")]
-    yield PostTrain(forms.tiny(), checkpoint, tmp_path_factory.mktemp("post"), served, lambda: readers, sentences)
+    training = PostTrain(forms.tiny(), checkpoint, tmp_path_factory.mktemp("post"), served, lambda: readers, sentences)
+    training.run(["record", "judges"])
+    changes = np.random.default_rng(0).normal(size=(20, len(PAIR_FEATURES)))  # random weights give no margins: 8 to all
+    MarginScorer.fit(changes, [""] * 20, np.full(20, 8.0)).save(training.root / "margin.json")
+    yield training
     served.close()
 
 
@@ -89,6 +95,22 @@ def test_stages_that_are_done_are_not_done_again(post: PostTrain) -> None:
     before = (post.root / "checkpoints" / "ppo" / "editx.json").stat().st_mtime_ns
     PostTrain(post.config, post.base, post.root, post.serve).run()
     assert (post.root / "checkpoints" / "ppo" / "editx.json").stat().st_mtime_ns == before
+
+
+def test_killed_stages_use_what_is_there(post: PostTrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    post.run()
+    before = (post.root / "candidates_prompts.jsonl").read_text()
+    for name in ("preferences", "judges"):
+        (post.root / "stages" / f"{name}.json").unlink()
+    (post.root / "candidates" / "held_out-0000.jsonl").unlink()
+    drawn: list[int] = []
+    draw = PostTrain._draw
+    monkeypatch.setattr(PostTrain, "_draw", lambda self, model, rows, seed: drawn.append(len(rows)) or draw(
+        self, model, rows, seed))  # fmt: skip
+    monkeypatch.setattr(PostTrain, "_fit_judge", lambda *_: pytest.fail("both judges are there"))
+    post.run(["judges", "preferences"])
+    assert drawn == [2 * post.config.candidates]
+    assert (post.root / "candidates_prompts.jsonl").read_text() == before
 
 
 def test_the_recordings_are_measured_afterwards(post: PostTrain) -> None:

@@ -77,15 +77,15 @@ def gpu() -> PostTrainConfig:
 def cpu() -> PostTrainConfig:
     """The small checkpoint on two cores, in about two hours (docs/training.md has the budget, stage by stage)."""
     big = gpu()
-    ppo = replace(big.ppo, steps=60, critic_warmup=10, prompts_per_step=8, minibatch=16, micro=8,
+    ppo = replace(big.ppo, steps=80, critic_warmup=10, prompts_per_step=8, minibatch=16, micro=8,
                   loop=replace(big.ppo.loop, device="cpu", save_every=5))  # fmt: skip
-    sft = replace(big.sft, epochs=1, row_tokens=2048, rows_per_batch=2,
+    sft = replace(big.sft, epochs=2, row_tokens=2048, rows_per_batch=1,
                   loop=replace(big.sft.loop, device="cpu", save_every=20))  # fmt: skip
     return replace(
         big, device="cpu", workers=2, slots=16,
         record=RecordConfig(groups=1000, benchmark_groups=40, teacher_share=0.08),
-        pairs=600, clones=200, rehearsal=200, sounds=120, judge_pairs=200, prompts=60, held_out=24,
-        candidates=8, cases=32, sft=sft,
+        pairs=600, clones=200, rehearsal=200, sounds=120, judge_pairs=200, prompts=80, held_out=30,
+        candidates=12, cases=42, sft=sft,
         reward=replace(big.reward, pairs_per_batch=8, loop=replace(big.reward.loop, device="cpu", save_every=20)),
         ppo=ppo,
     )  # fmt: skip
@@ -98,7 +98,7 @@ def tiny() -> PostTrainConfig:
         extra_groups=1, watch_every=2, loop=_loop(1e-3, 1e-4, "cpu", log_every=1),
     )  # fmt: skip
     return PostTrainConfig(
-        record=RecordConfig(groups=20, benchmark_groups=3, shard_groups=8),
+        record=RecordConfig(groups=20, benchmark_groups=3, manners=5, weakest=0.7, shard_groups=8),
         pairs=4, clones=2, rehearsal=2, sounds=2, judge_pairs=16, prompts=3, held_out=2, candidates=3,
         judge_margin=-1.0, pairs_per_prompt=1, hardest_share=0.7, cases=2, seeds=2, iterations=1, decode_steps=1,
         workers=1, slots=4,

@@ -6,6 +6,7 @@ of the same voice. Two judges learn from different recordings: one makes prefere
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,6 +22,8 @@ from services.trainer.recipes.post_train.material import NEUTRAL, Item, Material
 from services.trainer.recipes.post_train.workplace import Workplace
 from shared.codes import Codes
 from shared.errors import EditxError, UserError
+
+log = logging.getLogger(__name__)
 
 TASKS = ("emotion", "style")
 CLEAR = 0.6
@@ -45,7 +48,8 @@ def fit_judge(
                 original = source.audio()
                 spoken = system.decode(target.mixed, system.tokenize(original))
                 return np.asarray(features(at_16k(spoken)) - features(at_16k(original)))
-            except UserError:
+            except UserError as error:
+                log.warning("recording %s teaches no judge: %s", target.id, error)
                 return None
 
         with ThreadPoolExecutor(workers) as pool:
@@ -55,8 +59,11 @@ def fit_judge(
             "neutral" if target.manner == NEUTRAL else target.manner.partition("/")[2]
             for (_, target), vector in zip(pairs, found, strict=True) if vector is not None
         ]  # fmt: skip
-        held = [k for k in range(len(x)) if k % 5 == 0]
         learned = [k for k in range(len(x)) if k % 5]
+        if len({labels[k] for k in learned}) < 2:
+            raise UserError(f"The part {part} has {len(x)} clear recordings for {task}: too few to fit a judge.",
+                            "Raise record.groups and start with a new work folder.", "too_few_recordings")  # fmt: skip
+        held = [k for k in range(len(x)) if k % 5 == 0]
         trial = Classifier.fit([x[k] for k in learned], [labels[k] for k in learned])
         guesses = trial.predict([x[k] for k in held])
         report[task] = float(np.mean([g == labels[k] for g, k in zip(guesses, held, strict=True)]))
@@ -91,7 +98,8 @@ def rate(
         try:
             reference, before = work.reference(row)
             moved = features(at_16k(system.decode(mixed, reference, seed=place))) - before
-        except EditxError:
+        except EditxError as error:
+            log.warning("an answer to %s is rated 1, nothing is heard: %s", row.id, error)
             return [1.0 for _ in judges]
         stretch = abs(float(np.log2(max(len(mixed), 5) / len(row.target.mixed))))
         natural = 10 - 9 * min(1.0, stretch)
