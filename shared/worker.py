@@ -81,13 +81,13 @@ class _Task:
 class _Reader:
     """A subscription and the offsets in flight on it; commits a partition as far as it is done without a gap."""
 
-    def __init__(self, bus: Bus, topic: str, group: str) -> None:
+    def __init__(self, bus: Bus, topic: str, group: str, *, urgent: bool) -> None:
         self.tasks: list[_Task] = []
         self._flights: dict[Partition, deque[list[int]]] = {}  # [offset, done?] in order of arrival
         self._paused = False
         self._committed_at = 0.0
         self.subscription: Subscription = bus.subscribe(
-            [topic], group, on_assigned=self._assigned, on_revoked=self._revoked
+            [topic], group, on_assigned=self._assigned, on_revoked=self._revoked, urgent=urgent
         )
 
     def began(self, delivery: Delivery) -> None:
@@ -164,7 +164,10 @@ class Worker:
         """Work until `stop`, then drain. A crash of a step's thread (not an ordinary error) ends the worker as well."""
         try:
             self._readers = [
-                _Reader(self._bus, topic_for(self._handler.kind, lane), self._settings.group) for lane in LANES
+                _Reader(
+                    self._bus, topic_for(self._handler.kind, lane), self._settings.group, urgent=lane == "interactive"
+                )
+                for lane in LANES
             ]
             log.info("%s works on %s", self._settings.name, self._handler.kind)
             while not self._is_drained():

@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 RECORD_BYTES_MAX = 1_000_000
 JOIN_WAIT_S = 0.5
 POSITION_WAIT_S = 0.05
+NO_HURRY_MS = 250
+"""How long a question for records may wait at the broker where they are not urgent."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +89,20 @@ class KafkaBus:
             raise _unavailable(self._servers, error) from error
 
     def subscribe(
-        self, topics: Sequence[str], group: str, *, on_assigned: Moved | None = None, on_revoked: Moved | None = None
+        self,
+        topics: Sequence[str],
+        group: str,
+        *,
+        on_assigned: Moved | None = None,
+        on_revoked: Moved | None = None,
+        urgent: bool = True,
     ) -> KafkaSubscription:
         if self._closed:
             raise BusUnavailable("The bus is closed.")
-        subscription = KafkaSubscription(self._servers, self._settings, topics, group, on_assigned, on_revoked)
+        settings = self._settings
+        if not urgent:
+            settings = replace(settings, fetch_max_wait_ms=max(settings.fetch_max_wait_ms, NO_HURRY_MS))
+        subscription = KafkaSubscription(self._servers, settings, topics, group, on_assigned, on_revoked)
         self._subscriptions.append(subscription)
         return subscription
 

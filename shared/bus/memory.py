@@ -82,7 +82,13 @@ class MemoryBus:
                         member.news.notify()
 
     def subscribe(
-        self, topics: Sequence[str], group: str, *, on_assigned: Moved | None = None, on_revoked: Moved | None = None
+        self,
+        topics: Sequence[str],
+        group: str,
+        *,
+        on_assigned: Moved | None = None,
+        on_revoked: Moved | None = None,
+        urgent: bool = True,
     ) -> MemorySubscription:
         with self.lock:
             if self._closed:

@@ -102,9 +102,18 @@ class Bus(Protocol):
         ...
 
     def subscribe(
-        self, topics: Sequence[str], group: str, *, on_assigned: Moved | None = None, on_revoked: Moved | None = None
+        self,
+        topics: Sequence[str],
+        group: str,
+        *,
+        on_assigned: Moved | None = None,
+        on_revoked: Moved | None = None,
+        urgent: bool = True,
     ) -> Subscription:
-        """Join `group` on `topics`. A group that is new to a topic starts at its first record."""
+        """Join `group` on `topics`. A group that is new to a topic starts at its first record.
+
+        What is not `urgent` may come a quarter of a second late, which saves the broker questions.
+        """
         ...
 
     def backlog(self, topic: str, group: str) -> int:
