@@ -12,9 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from services.trainer.recipes.nano.run import TRAINED
+
 ROOT = Path(__file__).parents[4]
 PACKAGE = "services.trainer.recipes.nano"
-TRAINED = ("linguistic", "speaker", "semantic", "flow", "vocoder", "llm")
 
 
 def plan(hours: float, minutes: float | None, target: Path) -> list[tuple[str, Sequence[str]]]:

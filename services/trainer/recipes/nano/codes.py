@@ -22,6 +22,8 @@ from services.trainer.recipes.nano import assets, augment, corpus, linguistic, s
 from services.trainer.recipes.nano.features import Store
 from services.trainer.recipes.nano.run import Run, pick_device
 from shared.audio.features import speaker_fbank, whisper_log_mel
+from shared.checkpoints.layout import Checkpoint
+from shared.checkpoints.tokenizer import load_linguistic, load_semantic, load_speaker
 from shared.models.linguistic import nearest
 
 
@@ -38,8 +40,7 @@ class Tokenizers:
             model.to(device).eval()
 
     def _wave(self, audio_16k: np.ndarray) -> torch.Tensor:
-        peak = max(1e-4, float(np.abs(audio_16k).max()))
-        return torch.from_numpy(audio_16k / peak * 0.999).to(self.device)[None]
+        return _full_scale(audio_16k).to(self.device)[None]
 
     @torch.inference_mode()
     def voice(self, audio_16k: np.ndarray) -> np.ndarray:
@@ -60,6 +61,34 @@ class Tokenizers:
             nearest(hidden, s.codebook.centroids)[0].cpu().numpy().astype(np.int16),
             self.autoencoder.codebook.nearest(vectors).cpu().numpy().astype(np.int16),
         )
+
+
+class ReleasedTokenizers:
+    """The same, of a checkpoint in the published layout: for a machine that has not the runs (`restore`)."""
+
+    def __init__(self, name: str, threads: int) -> None:
+        checkpoint = Checkpoint.resolve(name)
+        self._linguistic = load_linguistic(checkpoint)
+        self._semantic = load_semantic(checkpoint, threads=threads)
+        self._speaker = load_speaker(checkpoint, threads=threads)
+
+    def voice(self, audio_16k: np.ndarray) -> np.ndarray:
+        """16 kHz (n,) -> speaker vector (192,)."""
+        return self._speaker.embed([_full_scale(audio_16k)])[0]
+
+    def __call__(self, audio_16k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """16 kHz (n,) -> linguistic (T,) and semantic (T,) codes, int16."""
+        rows = [_full_scale(audio_16k)]
+        return self._linguistic.encode(rows)[0].astype(np.int16), self._semantic.encode(rows)[0].astype(np.int16)
+
+
+def _full_scale(audio: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(audio / max(1e-4, float(np.abs(audio).max())) * 0.999)
+
+
+def open_tokenizers(checkpoint: str | None, threads: int) -> Tokenizers | ReleasedTokenizers:
+    """Those of the runs, or of a checkpoint."""
+    return Tokenizers(pick_device()) if checkpoint is None else ReleasedTokenizers(checkpoint, threads)
 
 
 VARIANTS = ("clean", "noisy", "paused")
@@ -134,7 +163,9 @@ def load_items(file: Path) -> Iterator[Item]:
         yield item
 
 
-def coded(row: dict[str, Any], audio_16k: np.ndarray, tokenizers: Tokenizers, number: int, varied: bool) -> Item:
+def coded(
+    row: dict[str, Any], audio_16k: np.ndarray, tokenizers: Tokenizers | ReleasedTokenizers, number: int, varied: bool
+) -> Item:
     """The codes of a reading, with those of its variants where asked for."""
     if not varied:
         return {"row": row, "clean": tokenizers(audio_16k)}
@@ -164,12 +195,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", default="0/1", help="this process and how many there are")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--checkpoint", help="encode by its tokenizers, not by those of the runs")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     part, parts = (int(x) for x in arguments.part.split("/"))
     folder, features = assets.data_dir() / "codes", assets.data_dir() / "features"
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizers, store = Tokenizers(pick_device()), Store(keep="all")
+    tokenizers, store = open_tokenizers(arguments.checkpoint, arguments.threads), Store(keep="all")
     position = {row["index"]: i for i, row in enumerate(store.rows)}
     for shard in sorted(features.glob("shard-?????"))[part::parts]:
         target = folder / f"{shard.name}.npz"

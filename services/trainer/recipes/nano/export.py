@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from services.trainer.recipes.nano import flow, linguistic, llm, semantic, speaker, teacher, text_tokenizer
-from services.trainer.recipes.nano.run import Run
+from services.trainer.recipes.nano.run import TRAINED, Run
 from shared.checkpoints import manifest
 from shared.checkpoints.export import export_semantic_onnx, export_speaker_onnx, save_linguistic
 from shared.checkpoints.layout import DECODER_FOLDER, EDITX_FOLDER, LINGUISTIC_FOLDER, TOKENIZER_FOLDER
@@ -123,7 +123,13 @@ def main() -> None:
     write_language_model(root / EDITX_FOLDER)
     write_decoder(decoder)
     write_tokenizers(tokenizer)
-    document = {"name": "nano", "version": VERSION, "trained_on": TRAINED_ON, "trim_before_mel": True}
+    document = {
+        "name": "nano",
+        "version": VERSION,
+        "trained_on": TRAINED_ON,
+        "trim_before_mel": True,
+        "steps": {name: Run(name, {}, 0).step for name in TRAINED},
+    }
     (root / "editx.json").write_text(json.dumps(document, indent=2) + "\n")
     write_sums(root)
     print(f"{root}: {sum(f.stat().st_size for f in root.rglob('*') if f.is_file()) / 1e6:.1f} MB")

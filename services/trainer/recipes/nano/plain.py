@@ -15,8 +15,7 @@ import soxr
 import torch
 
 from services.trainer.recipes.nano import assets, volume
-from services.trainer.recipes.nano.codes import VARIED_EVERY, Item, Tokenizers, coded, load_items, save_items
-from services.trainer.recipes.nano.run import pick_device
+from services.trainer.recipes.nano.codes import VARIED_EVERY, Item, coded, load_items, open_tokenizers, save_items
 from services.trainer.recipes.nano.teacher import SAMPLE_RATE_HZ
 
 FIRST_SENTENCE = 1_000_000
@@ -34,12 +33,13 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=16.0, help="of all parts together")
     parser.add_argument("--part", default="0/1", help="this process and how many there are")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--checkpoint", help="encode by its tokenizers, not by those of the runs")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     part, parts = (int(x) for x in arguments.part.split("/"))
     found, folder = assets.prepare(), assets.data_dir() / "plain"
     folder.mkdir(parents=True, exist_ok=True)
-    source, tokenizers = volume.open_source_filter(), Tokenizers(pick_device())
+    source, tokenizers = volume.open_source_filter(), open_tokenizers(arguments.checkpoint, arguments.threads)
     hours, shard = 0.0, part
     while hours < arguments.hours / parts:
         target = folder / f"shard-{shard:05d}.npz"

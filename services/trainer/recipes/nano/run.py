@@ -19,6 +19,9 @@ from torch import nn
 
 from services.trainer.recipes.nano import assets
 
+TRAINED = ("linguistic", "speaker", "semantic", "flow", "vocoder", "llm")
+"""The trainings of the small checkpoint, in order."""
+
 
 def pick_device() -> torch.device:
     """The GPU where there is one."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 import tarfile
 from itertools import islice
 from pathlib import Path
@@ -10,11 +12,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from services.trainer.recipes.nano import augment, bundle, codes, corpus, llm, texts
+from services.trainer.recipes.nano import (
+    augment,
+    bundle,
+    codes,
+    corpus,
+    flow,
+    llm,
+    restore,
+    text_tokenizer,
+    texts,
+)
 from services.trainer.recipes.nano.quantizer import Codebook
 from services.trainer.recipes.nano.run import Run, cosine
 from services.trainer.recipes.nano.teacher import MANNERS, SAMPLE_RATE_HZ, shift_formants, whisperise
+from shared.models.flow import Flow, FlowConfig
+from shared.models.spectral import SpectralConfig, SpectralVocoder
+from shared.models.step1 import Step1
+from shared.prompts import TextTokenizer
+
+NANO = Path(__file__).resolve().parents[4] / "models" / "nano"
 
 GLOSS = '00001740 03 n 01 thing 0 000 | a thing; "{0} are seldom far away"; "the {0} of the whole long day"\n'
 
@@ -184,3 +203,31 @@ def test_a_bundle_that_leads_out_of_the_data_folder_is_refused(tmp_path: Path, m
     with pytest.raises(tarfile.OutsideDestinationError):
         bundle.unpack([tmp_path / "bad.tar"])
     assert not (tmp_path / "outside").exists()
+
+
+def test_a_released_checkpoint_becomes_runs_again_with_its_weights_and_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDITX_DATA", str(tmp_path / "data"))
+    root = tmp_path / "released"
+    shutil.copytree(NANO, root)
+    steps = {"llm": 6, "flow": 5, "vocoder": 4}
+    (root / "editx.json").write_text(json.dumps({"name": "nano", "steps": steps}))
+    restore.restore(root)
+    model = Step1(llm.config(llm.CPU, TextTokenizer.from_file(text_tokenizer.tokenizer_file()).vocab_size))
+    assert Run("llm", {"model": model}, 0).step == 6
+    released = load_file(root / "Step-Audio-EditX" / "model.safetensors")
+    assert torch.equal(model.lm_head.weight, released["lm_head.weight"].float())
+    average = torch.optim.swa_utils.AveragedModel(Flow(FlowConfig.from_dict(flow.SECTION)))
+    assert Run("flow", {"average": average}, 0).step == 5
+    assert int(average.n_averaged) == 5
+    assert Run("vocoder", {"model": SpectralVocoder(SpectralConfig())}, 0).step == 4
+    restore.write_run("llm", {}, 99)
+    assert Run("llm", {}, 0).step == 6, "a run that is there is left alone"
+
+
+def test_the_tokenizers_of_a_release_give_codes_and_a_voice() -> None:
+    tokenizers = codes.open_tokenizers(str(NANO), 1)
+    linguistic, semantic = tokenizers(voice(1.2)[::3].copy())
+    assert (len(linguistic), len(semantic)) == (10, 15)  # of 0.6 s
+    assert tokenizers.voice(voice(1.2)).shape == (192,)
