@@ -24,6 +24,7 @@ from shared.audio.io import Waveform, read_audio, write_audio
 from shared.checkpoints.layout import Checkpoint
 from shared.errors import EditxError, PermanentError, TransientError, UserError
 from shared.inference.local import ModelFactory
+from shared.inference.port import given
 from shared.schemas import DecodeSettings, Edit, GenerateSettings, Job, JobEvent, JobRequest, JobState
 from shared.schemas.request import SEED_MAX
 
@@ -101,7 +102,7 @@ class Editor:
         n_best: int = 1,
         seed: int | None = None,
         steps: int = 10,
-        temperature: float = 0.7,
+        temperature: float | None = None,
         on_event: Callable[[JobEvent], None] | None = None,
     ) -> Result:
         """Edit a recording once or several times over; exactly one kind of edit is named.
@@ -125,7 +126,7 @@ class Editor:
         n_best: int = 1,
         seed: int | None = None,
         steps: int = 10,
-        temperature: float = 0.7,
+        temperature: float | None = None,
         on_event: Callable[[JobEvent], None] | None = None,
     ) -> Result:
         """Say `text` with the reference's voice; `reference_text` is what the reference says (or its sidecar .txt)."""
@@ -166,7 +167,13 @@ class Editor:
         )  # fmt: skip
 
     def decode(
-        self, tokens: Tokenized, reference: Tokenized | None = None, *, steps: int = 10, seed: int = 0, cfg: float = 0.7
+        self,
+        tokens: Tokenized,
+        reference: Tokenized | None = None,
+        *,
+        steps: int = 10,
+        seed: int = 0,
+        cfg: float | None = None,
     ) -> Waveform:
         """The audio that tokens stand for, in the voice of the reference (their own, if there is none); 24 kHz."""
         voice = reference or tokens
@@ -178,7 +185,7 @@ class Editor:
                 "prompt_mel": voice.prompt_mel,
                 "speaker_embedding": voice.speaker_embedding,
             },
-            parameters={"steps": steps, "cfg": cfg, "seed": seed},
+            parameters=given(steps=steps, cfg=cfg, seed=seed),
         )
         return Waveform(answer["audio"].astype(np.float32).reshape(-1), DECODED_RATE_HZ)
 
@@ -237,7 +244,7 @@ def make_request(
     n_best: int = 1,
     seed: int | None = None,
     steps: int = 10,
-    temperature: float = 0.7,
+    temperature: float | None = None,
 ) -> JobRequest:
     """The request of an edit with the settings that people change. Without a seed it draws one. Raises UserError."""
     if edit.needs_source_text and not (text and text.strip()):

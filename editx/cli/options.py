@@ -17,7 +17,8 @@ NBestOption = Annotated[
 ]
 StepsOption = Annotated[int, typer.Option("--steps", min=1, max=100, help="Steps of the flow; fewer are faster.")]
 TemperatureOption = Annotated[
-    float, typer.Option("--temperature", min=0.0, max=2.0, help="How boldly tokens are drawn.")
+    float | None,
+    typer.Option("--temperature", min=0.0, max=2.0, help="How boldly tokens are drawn; else as the checkpoint says."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document per run on standard output.")]
 PictureOption = Annotated[

@@ -39,7 +39,7 @@ class Settings:
     seed: int | None
     n_best: int
     steps: int
-    temperature: float
+    temperature: float | None
     iterations: int
     asr: bool
     picture: Path | None

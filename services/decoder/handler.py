@@ -9,7 +9,7 @@ import numpy as np
 from shared.artifacts import Generated, Tokenized
 from shared.audio.io import Waveform, write_audio
 from shared.errors import PermanentError
-from shared.inference.port import Inference
+from shared.inference.port import Inference, given
 from shared.schemas.route import AUDIO, StepKind
 from shared.steps import StepContext
 
@@ -41,7 +41,7 @@ class DecodeHandler:
                 "prompt_mel": reference.prompt_mel,
                 "speaker_embedding": reference.speaker_embedding,
             },
-            parameters={"steps": parameters["steps"], "cfg": parameters["cfg"], "seed": parameters["seed"]},
+            parameters=given(steps=parameters["steps"], cfg=parameters["cfg"], seed=parameters["seed"]),
             deadline=step.deadline,
             cancelled=step.cancelled,
             priority=step.priority,

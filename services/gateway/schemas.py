@@ -167,7 +167,9 @@ class SpeechBody(BaseModel):
     speed: float = Field(default=1.0, ge=0.25, le=4.0, description="Only 1.0: use an edit of type speed.")
     stream_format: Literal["audio", "sse"] = "audio"
     seed: int | None = Field(default=None, ge=0, le=SEED_MAX)
-    temperature: float = Field(default=0.7, ge=0.0, le=2.0)
+    temperature: float | None = Field(
+        default=None, ge=0.0, le=2.0, description="By default the checkpoint's, 0.7 where it names none."
+    )
     steps: int = Field(default=10, ge=1, le=100, description="Steps of the flow; fewer are faster.")
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ from services.gateway.backend import Backend
 from shared.audio.io import Waveform
 from shared.codes import GROUP_S, interleave
 from shared.errors import PermanentError
+from shared.inference.port import given
 from shared.prompts import clone_turns
 from shared.tags import check_text_tags
 
@@ -35,9 +36,9 @@ class Words:
     reference: Waveform
     reference_text: str
     seed: int
-    temperature: float = 0.7
+    temperature: float | None = None
     steps: int = 10
-    cfg: float = 0.7
+    cfg: float | None = None
 
 
 def speak(backend: Backend, words: Words, cancelled: Callable[[], bool]) -> Iterator[Samples]:
@@ -63,7 +64,7 @@ def speak(backend: Backend, words: Words, cancelled: Callable[[], bool]) -> Iter
     pieces = inference.stream(
         "llm",
         {"prompt": prompt},
-        parameters={"temperature": words.temperature, "seed": words.seed, "max_groups": max_groups(text)},
+        parameters=given(temperature=words.temperature, seed=words.seed, max_groups=max_groups(text)),
         cancelled=cancelled,
         priority=PRIORITY,
     )
@@ -74,14 +75,9 @@ def speak(backend: Backend, words: Words, cancelled: Callable[[], bool]) -> Iter
         for answer in inference.stream(
             "decoder",
             {"mixed": mixed, **(reference if index == 0 else {})},
-            parameters={
-                "session": session,
-                "index": index,
-                "last": not len(mixed),
-                "steps": words.steps,
-                "cfg": words.cfg,
-                "seed": words.seed,
-            },
+            parameters=given(
+                session=session, index=index, last=not len(mixed), steps=words.steps, cfg=words.cfg, seed=words.seed
+            ),
             cancelled=cancelled,
             priority=PRIORITY if spoken else FIRST_PRIORITY,
         ):

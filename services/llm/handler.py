@@ -9,7 +9,6 @@ import contextvars
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,7 @@ from services.llm.sampling import length_bounds
 from shared.artifacts import Generated, Tokenized
 from shared.codes import GROUP, GROUP_S
 from shared.errors import PermanentError
-from shared.inference.port import Inference
+from shared.inference.port import Inference, given
 from shared.prompts import Turn, edit_turns
 from shared.schemas.edit import Edit
 from shared.schemas.request import SEED_MAX
@@ -76,7 +75,7 @@ class GenerateHandler:
     def _generate(
         self, step: StepContext, prompt: npt.NDArray[np.int64], seed: int, bounds: tuple[int, int]
     ) -> Generated:
-        parameters: dict[str, Any] = {name: step.step.parameters[name] for name in SAMPLING}
+        parameters = given(**{name: step.step.parameters[name] for name in SAMPLING})
         answer = self._inference.infer(
             MODEL,
             {"prompt": prompt},

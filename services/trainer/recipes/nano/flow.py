@@ -36,7 +36,7 @@ SECTION: dict[str, Any] = {
         "normalize_before": True, "dropout_rate": 0.05,
     },
     "decoder": {
-        "inference_cfg_rate": 0.7,
+        "inference_cfg_rate": 1.2,
         "estimator": {
             "in_channels": 320, "out_channels": 80, "mlp_ratio": 3.0, "depth": 6, "num_heads": 4, "head_dim": 56,
             "hidden_size": 224,
