@@ -14,10 +14,11 @@ from shared.schemas.job import JobError
 class RetryPolicy:
     """Attempts and waits. `attempts_max` is for errors that may pass, `attempts_unknown_max` for errors nobody foresaw.
 
-    The wait before attempt n + 1 is base_s * 2^(n - 1), at most max_s, times a random factor between 0.5 and 1.
+    The wait before attempt n + 1 is base_s * 2^(n - 1), at most max_s, times a random factor between 0.5 and 1: some
+    50 s over all attempts, in which a server that died can come back.
     """
 
-    attempts_max: int = 5
+    attempts_max: int = 7
     attempts_unknown_max: int = 2
     base_s: float = 1.0
     max_s: float = 60.0
