@@ -76,9 +76,8 @@ def test_a_batch_is_done_beside_a_person_who_waits(client: Client, recording: by
     alone = client.edit(recording, type="denoise", timeout_s=PATIENCE_S, **SHORT)
     heard(client.audio(alone))
     jobs = [client.wait(job, timeout_s=PATIENCE_S) for job in batch.jobs]
-    first, second, third = (heard(client.audio(job)) for job in jobs)
-    assert not np.array_equal(first, third)
-    assert not np.array_equal(first, second)
+    first, _, other_seed = (heard(client.audio(job)) for job in jobs)
+    assert not np.array_equal(first, other_seed)
     assert client.batch(batch.id).status == "done"
 
 
