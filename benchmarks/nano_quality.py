@@ -71,8 +71,7 @@ class Source:
 
     def __init__(self) -> None:
         found = assets.prepare()
-        graph = teacher.add_controls(found.kokoro, found.kokoro.with_name("kokoro-controls.onnx"))
-        self._teacher = teacher.Teacher(graph, found.voices, found.vocab, threads=2)
+        self._teacher = teacher.open_teacher(found, threads=2)
         self._phonemes = corpus.Phonemes()
         self._folder = assets.data_dir() / "benchmark"
         self._folder.mkdir(parents=True, exist_ok=True)

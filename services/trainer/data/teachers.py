@@ -7,6 +7,7 @@ sent. A manner is "neutral" or a category such as "emotion/happy". Knows nothing
 from __future__ import annotations
 
 import base64
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ class Teacher(Protocol):
         ...
 
 
+def missing_package(error: ModuleNotFoundError) -> MissingComponent:
+    """What to say where a package of the recipes' teachers is not installed."""
+    return MissingComponent(f"The package {error.name}", "the recipes' teachers need it", "pip install editx[train]")
+
+
 class RecipeTeacher:
     """The teacher of the small checkpoint's recipes: named voices and mixes of them, manners by prosody controls."""
 
@@ -42,21 +48,23 @@ class RecipeTeacher:
             from services.trainer.recipes.nano import assets, corpus, teacher
 
             found = assets.prepare()
-            graph = teacher.add_controls(found.kokoro, found.kokoro.with_name("kokoro-controls.onnx"))
+            self._speaker = teacher.open_teacher(found, threads)
             self._phonemes = corpus.Phonemes()
         except ModuleNotFoundError as error:
-            raise MissingComponent(f"The package {error.name}", "the recipes' teacher needs it",
-                                   "pip install editx[train]") from error  # fmt: skip
-        self._speaker = teacher.Teacher(graph, found.voices, found.vocab, threads)
-        self._manners: Mapping[str, Any] = teacher.MANNERS
+            raise missing_package(error) from error
+        self._lock = threading.Lock()
+        self._manners, self._blend = teacher.MANNERS, teacher.blend
         self._voices = {path.stem: {path.stem: 1.0} for path in found.voices.glob("*.bin")} | corpus.mixed_voices()
         self._rate_hz: int = teacher.SAMPLE_RATE_HZ
 
-    def say(self, text: str, language: str, speaker: str, manner: str) -> Waveform:
+    def say(self, text: str, language: str, speaker: str, manner: str, strength: float = 1.0) -> Waveform:
+        """The text in a manner of a strength (`teacher.blend`). May be called from several threads."""
         if speaker not in self._voices or manner not in self._manners:
             raise UserError(f"The teacher knows no speaker {speaker!r} or no manner {manner!r}.", code="bad_row")
+        with self._lock:  # the pronunciation has state
+            phonemes = self._phonemes(text, language)
         try:
-            spoken = self._speaker.say(self._phonemes(text, language), self._voices[speaker], self._manners[manner])
+            spoken = self._speaker.say(phonemes, self._voices[speaker], self._blend(self._manners[manner], strength))
         except ValueError as error:
             raise UserError(f"The teacher cannot say {text!r}: {error}.", code="bad_row") from error
         return Waveform(np.asarray(spoken.audio, np.float32), self._rate_hz)

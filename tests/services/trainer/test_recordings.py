@@ -10,7 +10,7 @@ import pytest
 
 from services.trainer.data.paralinguistic_sounds import TAGS
 from services.trainer.recipes.nano.teacher import MANNERS as MOVES
-from services.trainer.recipes.post_train.readers import blend
+from services.trainer.recipes.nano.teacher import blend
 from services.trainer.recipes.post_train.recordings import RecordConfig, load, plan, record
 from shared.errors import UserError
 from tests.services.trainer.test_data import tokenize

@@ -131,8 +131,7 @@ def render(worker: int, workers: int, folder: Path, hours: float) -> None:
     """Render this worker's rows until the worker's share of the hours is done; rows already in its manifest are
     skipped."""
     found = assets.prepare()
-    graph = teacher.add_controls(found.kokoro, found.kokoro.with_name("kokoro-controls.onnx"))
-    speaker = teacher.Teacher(graph, found.voices, found.vocab)
+    speaker = teacher.open_teacher(found)
     phonemes = Phonemes()
     manifest = folder / f"manifest-{worker}-of-{workers}.jsonl"
     done = [json.loads(line) for line in manifest.read_text().splitlines()] if manifest.exists() else []

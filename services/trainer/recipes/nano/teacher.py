@@ -10,12 +10,16 @@ speakers. Knows nothing about datasets.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime
 from scipy.signal import lfilter
+
+if TYPE_CHECKING:
+    from services.trainer.recipes.nano.assets import Assets
 
 SAMPLE_RATE_HZ = 24_000
 PHONEME_FRAME_S = 0.025
@@ -36,6 +40,19 @@ class Manner:
     prosody_of: str | None = None
     whisper: bool = False
     formant: float = 1.0
+
+
+WHISPERS_FROM = 0.5
+"""A whisper is a whisper or a voice: below this strength it is a voice."""
+
+
+def blend(manner: Manner, strength: float) -> Manner:
+    """A manner between neutral (strength 0) and itself (1), or beyond."""
+    return replace(
+        manner, speed=manner.speed**strength, f0_range=manner.f0_range**strength, f0_shift=manner.f0_shift**strength,
+        energy=manner.energy * strength, formant=manner.formant**strength,
+        whisper=manner.whisper and strength >= WHISPERS_FROM,
+    )  # fmt: skip
 
 
 NEUTRAL = Manner()
@@ -232,3 +249,9 @@ def _linear_prediction(frame: np.ndarray, order: int) -> tuple[float, np.ndarray
     taps = solve_toeplitz(correlation[:-1], correlation[1:])
     error = max(float(correlation[0] - taps @ correlation[1:]), 0.0)
     return float(np.sqrt(error / len(frame))), np.concatenate([[1.0], -taps])
+
+
+def open_teacher(found: Assets, threads: int = 1) -> Teacher:
+    """The teacher over the fetched packages, its graph with controls kept beside theirs."""
+    graph = add_controls(found.kokoro, found.kokoro.with_name("kokoro-controls.onnx"))
+    return Teacher(graph, found.voices, found.vocab, threads)
