@@ -8,21 +8,17 @@ bits in any batch (services.llm.decoding), and sampling is counter-based. Knows 
 
 from __future__ import annotations
 
-import threading
-
 import torch
 from torch import Tensor
 
 from services.llm.decoding import Decoder, ExactDecoder, StaticDecoder
 from services.llm.prefix import PrefixCache
-from services.llm.requests import Draft, EngineSettings, Generation, Outcome, Waiting
+from services.llm.requests import IDLE_S, Draft, EngineSettings, Generation, GenerationEngine, Outcome
 from services.llm.sampling import END
 from shared.codes import AUDIO_VOCAB
 from shared.inference.port import InferenceUnavailable
 from shared.models.step1 import Step1
 from shared.tallies import passed
-
-IDLE_S = 0.5
 
 
 class _Sequence(Draft):
@@ -38,14 +34,14 @@ class _Sequence(Draft):
         return self.prompt_hidden is None
 
 
-class Engine:
-    """Runs a model for many callers. Thread safe; close it to stop its thread.
+class Engine(GenerationEngine):
+    """Runs a model for many callers; close it to stop its thread.
 
     `audio_offset` is the id of mixed id 0, `eos` the id that ends a turn.
     """
 
     def __init__(self, model: Step1, *, audio_offset: int, eos: int, settings: EngineSettings | None = None) -> None:
-        self.settings = settings or EngineSettings()
+        super().__init__(model.config.vocab_size, settings)
         self._model = model
         self._offset = audio_offset
         choices = torch.tensor([*range(audio_offset, audio_offset + AUDIO_VOCAB), eos], device=model.device)
@@ -53,36 +49,13 @@ class Engine:
         with torch.inference_mode():
             self._decoder: Decoder = make(model, choices, slots=self.settings.slots, capacity=self.settings.context)
         self._prefixes = PrefixCache(self.settings.prefix_cache_tokens, model.chunk)
-        self._waiting = Waiting(self.settings.queue_limit)
         self._running: list[_Sequence] = []
         self._free = list(range(self.settings.slots))
-        self._thread = threading.Thread(target=self._loop, name="llm-engine", daemon=True)
-        self._thread.start()
-
-    def submit(self, generation: Generation) -> Generation:
-        """Queue a sequence; returns it. The result's length is capped by what the context leaves.
-
-        Raises UserError for a prompt that does not fit, InferenceUnavailable when too many wait already.
-        """
-        generation.fit(self._model.config.vocab_size, self.settings.context)
-        self._waiting.push(generation)
-        return generation
-
-    @property
-    def load(self) -> tuple[int, int]:
-        """How many sequences run and how many wait."""
-        return len(self._running), len(self._waiting)
+        self._begin_work()
 
     @property
     def prefix_hits(self) -> int:
-        """Prompt tokens that came out of the prefix cache so far."""
         return self._prefixes.hits
-
-    def close(self) -> None:
-        """Stop. Everything unfinished fails with InferenceUnavailable. Safe to call twice."""
-        self._waiting.close()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
 
     @torch.inference_mode()
     def _loop(self) -> None:

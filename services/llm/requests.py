@@ -10,9 +10,10 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,8 @@ from shared.inference.port import DeadlineExceeded, InferenceUnavailable, Reques
 
 Collapse = Literal["loop", "no_end"]
 LOOP_CHECK_GROUPS = 8
+IDLE_S = 0.5
+"""How long an engine with nothing to do waits before it looks again."""
 
 
 @dataclass(frozen=True)
@@ -213,28 +216,49 @@ class Waiting:
             self._heap.clear()
 
 
-class GenerationEngine(Protocol):
-    """What the served model needs of an engine."""
+class GenerationEngine(ABC):
+    """What the served model needs of an engine, and what all engines do alike: generations wait in line, and one thread
+    works on them until the engine is closed. Thread safe.
 
-    settings: EngineSettings
+    A subclass is ready once it has called `_begin_work`; then `_loop` runs in the thread while `_waiting` is open.
+    """
+
+    _running: Sized
+
+    def __init__(self, vocabulary: int, settings: EngineSettings | None) -> None:
+        self.settings = settings or EngineSettings()
+        self._vocabulary_size = vocabulary
+        self._waiting = Waiting(self.settings.queue_limit)
+        self._thread = threading.Thread(target=self._loop, name=type(self).__name__, daemon=True)
 
     def submit(self, generation: Generation) -> Generation:
         """Queue a sequence; returns it. The result's length is capped by what the context leaves.
 
         Raises UserError for a prompt that does not fit, InferenceUnavailable when too many wait already.
         """
-        ...
+        generation.fit(self._vocabulary_size, self.settings.context)
+        self._waiting.push(generation)
+        return generation
 
     @property
     def load(self) -> tuple[int, int]:
         """How many sequences run and how many wait."""
-        ...
+        return len(self._running), len(self._waiting)
 
     @property
+    @abstractmethod
     def prefix_hits(self) -> int:
         """Prompt tokens that came out of the prefix cache so far."""
-        ...
 
     def close(self) -> None:
         """Stop. Everything unfinished fails with InferenceUnavailable. Safe to call twice."""
-        ...
+        self._waiting.close()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _begin_work(self) -> None:
+        self._thread.start()
+
+    @abstractmethod
+    def _loop(self) -> None:
+        """Work until the line is closed, then fail what is unfinished."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,12 @@ from typing import Any, Literal
 
 import torch
 
-from services.llm.requests import Draft, EngineSettings, Generation, Outcome, Waiting
+from services.llm.requests import IDLE_S, Draft, EngineSettings, Generation, GenerationEngine, Outcome
 from shared.codes import AUDIO_VOCAB
 from shared.errors import MissingComponent, PermanentError, UserError
 from shared.inference.port import InferenceUnavailable
 from shared.tallies import looked_up, passed
 
-IDLE_S = 0.5
 GIB = 1 << 30
 STEP1 = "Step1ForCausalLM"
 ENVIRONMENT = {
@@ -56,8 +54,8 @@ class _Sequence(Draft):
         return f"{self._number}-{self.sampler.attempt}"
 
 
-class VllmEngine:
-    """A GenerationEngine over vLLM. Thread safe; close it to stop its thread and free the device.
+class VllmEngine(GenerationEngine):
+    """An engine over vLLM; close it to stop its thread and free the device.
 
     `folder` holds config.json and the weights, `audio_offset` is the id of mixed id 0, `eos` the id that ends a turn.
     Raises MissingComponent where vLLM is not installed, UserError where it has no kernels for the device or the model.
@@ -67,44 +65,21 @@ class VllmEngine:
         self, folder: Path, *, vocabulary: int, audio_offset: int, eos: int, device: str,
         settings: EngineSettings | None = None, vllm: VllmSettings | None = None,
     ) -> None:  # fmt: skip
-        self.settings = settings or EngineSettings()
-        self._size = vocabulary
+        super().__init__(vocabulary, settings)
         self._vllm = _start(folder, device, self.settings, vllm or VllmSettings())
         from services.llm import vllm_sampling
 
         self._params = vllm_sampling.sampling_params
         self._vocabulary = vllm_sampling.Vocabulary(audio_offset, eos)
-        self._waiting = Waiting(self.settings.queue_limit)
         self._running: dict[str, _Sequence] = {}
         self._count = 0
         self._hits = 0
-        self._thread = threading.Thread(target=self._loop, name="vllm-engine", daemon=True)
-        self._thread.start()
-
-    def submit(self, generation: Generation) -> Generation:
-        """Queue a sequence; returns it. The result's length is capped by what the context leaves.
-
-        Raises UserError for a prompt that does not fit, InferenceUnavailable when too many wait already.
-        """
-        generation.fit(self._size, self.settings.context)
-        self._waiting.push(generation)
-        return generation
-
-    @property
-    def load(self) -> tuple[int, int]:
-        """How many sequences run and how many wait."""
-        return len(self._running), len(self._waiting)
+        self._begin_work()
 
     @property
     def prefix_hits(self) -> int:
         """Prompt tokens that came out of vLLM's prefix cache so far."""
         return self._hits
-
-    def close(self) -> None:
-        """Stop. Everything unfinished fails with InferenceUnavailable. Safe to call twice."""
-        self._waiting.close()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
 
     def _loop(self) -> None:
         while self._waiting.is_open:
