@@ -55,9 +55,14 @@ def open_editor(checkpoint: str, device: str) -> Editor | RemoteEditor:
         from editx.remote import RemoteEditor
 
         return RemoteEditor(gateway.url, gateway.api_key)
+    return open_local(checkpoint, device)
+
+
+def open_local(checkpoint: str, device: str) -> Editor:
+    """An editor of this process. Raises UserError for a device that is not there, before anything is loaded."""
+    check_device(device)
     from editx.api import Editor
 
-    check_device(device)
     return Editor(checkpoint, device=device)
 
 

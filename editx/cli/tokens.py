@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from editx.cli import options
-from editx.cli.remote import check_device
-
-if TYPE_CHECKING:
-    pass
+from editx.cli.remote import open_local
 
 
 def tokenize(
@@ -24,12 +21,10 @@ def tokenize(
     as_json: options.JsonOption = False,
 ) -> int:
     """Write a recording's linguistic and semantic codes, speaker embedding and mel to one file."""
-    from editx.api import Editor
     from shared.audio.io import write_atomically
 
     target = out or Path(f"{source.stem}.safetensors")
-    check_device(device)
-    with Editor(checkpoint, device=device) as editor:
+    with open_local(checkpoint, device) as editor:
         tokens = editor.tokenize(source)
     write_atomically(target, tokens.to_bytes())
     report = {
@@ -63,11 +58,10 @@ def decode(
     as_json: options.JsonOption = False,
 ) -> int:
     """Turn audio tokens back into sound."""
-    from editx.api import Editor, save_audio
+    from editx.api import save_audio
 
     tokens, voice = _read(source), _read(reference) if reference else None
-    check_device(device)
-    with Editor(checkpoint, device=device) as editor:
+    with open_local(checkpoint, device) as editor:
         audio = editor.decode(tokens, voice, steps=steps, seed=seed or 0)
     save_audio(audio, out)
     report = {"output": str(out), "output_s": round(audio.duration_s, 3), "seed": seed or 0}

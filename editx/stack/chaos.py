@@ -175,7 +175,7 @@ def run(folder: Path, *, rounds: int, port: int, every_s: float = 0.1, servers: 
     )  # fmt: skip
     stack, report = Stack(folder, options), Report()
     tormented = [name for name in ORDER if servers and name in stack.server_ports]
-    proxies = {name: Proxy(port + DETOUR, port) for name, port in stack.server_ports.items()}
+    proxies = {name: Proxy(at + DETOUR, at) for name, at in stack.server_ports.items()}
     try:
         stack.up()
         with Load(stack, every_s) as load:

@@ -31,6 +31,8 @@ FETCH_WAIT_MS = 20
 """Short, since Tansu answers a waiting fetch late; Apache Kafka answers at once and needs no such setting."""
 ORDER = ("store", "disk", "redis", "broker", "triton")
 """The servers as they start. The disk is an S3 server for the broker alone: that one keeps its records nowhere else."""
+PORTS = {"store": 0, "redis": 10, "broker": 11, "triton": 21, "gateway": 30, "disk": 40}
+"""How far above the stack's port each process listens. Triton by gRPC; HTTP is one below, its metrics one above."""
 WORKERS = ("tokenizer", "llm", "decoder", "reward")
 
 
@@ -78,18 +80,18 @@ class Stack:
     @property
     def urls(self) -> dict[str, str]:
         """The addresses of the stack, by the settings that name them."""
-        port, keys = self.options.port + self.options.detour, f"{servers.ACCESS_KEY}:{servers.SECRET_KEY}"
+        at = {name: f"127.0.0.1:{port + self.options.detour}" for name, port in self.server_ports.items()}
+        keys = f"{servers.ACCESS_KEY}:{servers.SECRET_KEY}"
         waits = (
             f"session_timeout_ms={self.options.session_timeout_ms}&heartbeat_interval_ms=500"
             f"&max_poll_interval_ms=60000&fetch_max_wait_ms={FETCH_WAIT_MS}"
         )
-        triton = f"triton://127.0.0.1:{port + 21}"
         return {
-            "EDITX_BUS_URL": f"kafka://127.0.0.1:{port + 11}?{waits}",
-            "EDITX_STORE_URL": f"s3+http://{keys}@127.0.0.1:{port}/{BUCKET}",
-            "EDITX_JOBS_URL": f"redis://127.0.0.1:{port + 10}/0",
-            "EDITX_INFERENCE_URL": triton if self.options.inference == "triton" else "local:",
-            "EDITX_PUBLIC_URL": f"http://127.0.0.1:{self.options.port + 30}",
+            "EDITX_BUS_URL": f"kafka://{at['broker']}?{waits}",
+            "EDITX_STORE_URL": f"s3+http://{keys}@{at['store']}/{BUCKET}",
+            "EDITX_JOBS_URL": f"redis://{at['redis']}/0",
+            "EDITX_INFERENCE_URL": f"triton://{at['triton']}" if "triton" in at else "local:",
+            "EDITX_PUBLIC_URL": f"http://127.0.0.1:{self._port('gateway')}",
         }
 
     @property
@@ -102,7 +104,7 @@ class Stack:
             "EDITX_LEASE_S": str(self.options.lease_s),
             "EDITX_DRAIN_S": "20",
             "EDITX_SPANS_FILE": str(self.spans_file),
-            "EDITX_PORT": str(self.options.port + 30),
+            "EDITX_PORT": str(self._port("gateway")),
             "EDITX_TRAINER_RUNS": str(self.folder / "training"),
             "EDITX_TRAINER_THREADS": "1",
             "OMP_NUM_THREADS": "1",
@@ -122,13 +124,12 @@ class Stack:
     @property
     def server_ports(self) -> dict[str, int]:
         """Where each server listens that the workers speak to."""
-        port = self.options.port
-        ports = {"store": port, "redis": port + 10, "broker": port + 11}
-        return ports | ({"triton": port + 21} if self.options.inference == "triton" else {})
+        spoken_to = [name for name in ORDER if name != "disk" and name in self.names()]
+        return {name: self._port(name) for name in spoken_to}
 
     def store(self) -> S3Store:
         """A client of the stack's artifact store."""
-        return self._bucket(BUCKET, self.options.port)
+        return self._bucket(BUCKET, "store")
 
     def bus(self) -> KafkaBus:
         """A client of the stack's broker."""
@@ -142,24 +143,22 @@ class Stack:
 
     def program(self, name: str) -> Program:
         """How the process `name` is started."""
-        port, data = self.options.port, self.folder / "data"
-        if name == "store":
-            return servers.object_store(port, data / "store")
-        if name == "disk":
-            return servers.object_store(self._disk_port, data / "disk", name)
+        data = self.folder / "data"
+        if name in ("store", "disk"):
+            return servers.object_store(self._port(name), data / name, name)
         if name == "redis":
-            return servers.redis(port + 10, data / "redis")
+            return servers.redis(self._port(name), data / name)
         if name == "broker":
-            return self._broker(port + 11)
+            return self._broker(self._port(name))
         if name == "triton":
             models = [name for service in self._served for name in [SPECS[service].name]]
             folders = [repository(service) for service in self._served]
             return servers.triton(
-                port + 20, folders, self.folder, {**self.environment, "EDITX_INFERENCE_URL": ""}, models
+                self._port(name) - 1, folders, self.folder, {**self.environment, "EDITX_INFERENCE_URL": ""}, models
             )
         if name == "gateway":
             command = (sys.executable, "-c", _GATEWAY)
-            ready = process.answers_http(f"http://127.0.0.1:{port + 30}/healthz")
+            ready = process.answers_http(f"http://127.0.0.1:{self._port(name)}/healthz")
             return Program(name, command, ready, self.environment)
         return self._worker(name)
 
@@ -180,9 +179,9 @@ class Stack:
         self.folder.mkdir(parents=True, exist_ok=True)
         names = self.names()
         self._start_all([name for name in names if name in ("store", "disk")])
-        self._bucket(BUCKET, self.options.port).create_bucket()
+        self.store().create_bucket()
         if "disk" in names:
-            self._bucket(BROKER_BUCKET, self._disk_port).create_bucket()
+            self._bucket(BROKER_BUCKET, "disk").create_bucket()
         self._start_all([name for name in names if name in ("redis", "broker")])
         bus = self.bus()
         bus.create_topics(topics(self.options.partitions))
@@ -273,7 +272,7 @@ class Stack:
             return servers.broker(port, advertised=advertised)
         store = {
             "AWS_ACCESS_KEY_ID": servers.ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": servers.SECRET_KEY,
-            "AWS_ENDPOINT": f"http://127.0.0.1:{self._disk_port}", "AWS_ALLOW_HTTP": "true",
+            "AWS_ENDPOINT": f"http://127.0.0.1:{self._port('disk')}", "AWS_ALLOW_HTTP": "true",
             "AWS_DEFAULT_REGION": "us-east-1",
         }  # fmt: skip
         return servers.broker(port, f"s3://{BROKER_BUCKET}/", store, advertised=advertised)
@@ -289,12 +288,11 @@ class Stack:
         environment = {**self.environment, "EDITX_ALIVE_FILE": str(alive)}
         return Program(name, (sys.executable, "-m", *module), alive.is_file, environment, ready_s=90.0)
 
-    @property
-    def _disk_port(self) -> int:
-        return self.options.port + 40
+    def _port(self, name: str) -> int:
+        return self.options.port + PORTS[name]
 
-    def _bucket(self, bucket: str, port: int) -> S3Store:
-        return S3Store(f"127.0.0.1:{port}", bucket, access_key=servers.ACCESS_KEY,
+    def _bucket(self, bucket: str, server: str) -> S3Store:
+        return S3Store(f"127.0.0.1:{self._port(server)}", bucket, access_key=servers.ACCESS_KEY,
                        secret_key=servers.SECRET_KEY, secure=False)  # fmt: skip
 
 
