@@ -145,6 +145,21 @@ def test_bfloat16_stays_near_float32(golden: dict[str, torch.Tensor], model: Ste
     assert relative < 0.03
 
 
+@pytest.mark.parametrize("lengths", [[60], [130], [100, 97, 3]])
+def test_training_in_bfloat16_on_a_cpu_has_the_gradients_of_float32(model: Step1, lengths: list[int]) -> None:
+    ids = torch.randint(0, 512, (2, sum(lengths)), generator=torch.Generator().manual_seed(0))
+    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(2, -1)
+    gradients = []
+    for enabled in (False, True):
+        fresh = Step1(model.config)
+        fresh.initialise(seed=1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = fresh.hidden_states(ids, document_ids=documents).float().square()[..., :8].mean()
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in fresh.parameters() if p.grad is not None]))
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
+
+
 def test_a_model_that_generated_can_be_trained_afterwards(golden: dict[str, torch.Tensor], model: Step1) -> None:
     fresh = Step1(model.config)
     with torch.inference_mode():
