@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from services.trainer.data.emotion_texts import fits, fitting
 from services.trainer.data.paralinguistic_sounds import TAGS
 from services.trainer.recipes.nano.teacher import MANNERS as MOVES
 from services.trainer.recipes.nano.teacher import blend
@@ -37,6 +38,19 @@ def test_the_plan_follows_the_seed_and_keeps_the_benchmark_apart() -> None:
     assert max(strengths) - min(strengths) > 0.5
     with pytest.raises(UserError, match="no sentences"):
         plan(CONFIG, readers(), lambda language, held_out: [], 0)
+
+
+def test_a_text_fits_the_first_emotion_that_it_is_read_in() -> None:
+    known = ["He smiled.", "She wept.", "The door is green.", "我今天很高兴。", "他哭了。"]
+    assert fitting(known, "happy") == ["He smiled.", "我今天很高兴。"]
+    assert fitting(known, "sad") == ["She wept.", "他哭了。"]
+    assert fitting(known, "admiration") == known
+    assert not fits("Madame Curie", "angry")
+    groups = plan(CONFIG, readers(), lambda language, held_out: [*known, *sentences(language, held_out)], 0)
+    for group in groups[:24]:
+        first = next((m for m, _ in group.readings if m.startswith("emotion/")), "")
+        if first in ("emotion/happy", "emotion/sad"):
+            assert fits(group.text, first.removeprefix("emotion/"))
 
 
 def test_a_killed_recording_goes_on_with_the_next_shard(tmp_path: Path) -> None:

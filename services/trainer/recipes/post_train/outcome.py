@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from services.trainer.data.emotion_texts import fitting
 from services.trainer.evaluate.benchmark import Case, write_cases
 from services.trainer.recipes.post_train.listening import TASKS
 from services.trainer.recipes.post_train.material import NEUTRAL, Material
@@ -20,7 +21,8 @@ OUTCOME = "experiment.md"
 
 
 def write_benchmark(material: Material, folder: Path, count: int, seed: int) -> int:
-    """Up to `count` cases of held-out voices and texts in the published format, every label in turn; how many."""
+    """Up to `count` cases of held-out voices and texts in the published format, every label in turn, emotions
+    with a text that fits where there is one; how many."""
     folder.mkdir(exist_ok=True)
     neutral = [item for item in material.benchmark if item.manner == NEUTRAL]
     manners = sorted({i.manner for i in material.training if i.manner.partition("/")[0] in TASKS})
@@ -32,6 +34,7 @@ def write_benchmark(material: Material, folder: Path, count: int, seed: int) -> 
         if not texts:
             continue
         task, _, label = manners[number % len(manners)].partition("/")
+        texts = fitting(texts, label) if task == "emotion" else texts
         write_audio(prompt.audio(), folder / f"{prompt.id}.flac", "flac")
         cases.append(Case(
             id=str(number), speaker=prompt.speaker, gen_text=texts[int(rng.integers(len(texts)))],

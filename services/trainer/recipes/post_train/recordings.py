@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from services.trainer.data import degrade
 from services.trainer.data import paralinguistic_sounds as sounds
+from services.trainer.data.emotion_texts import fitting
 from services.trainer.data.rows import reason
 from services.trainer.recipes.post_train.material import NEUTRAL, Item, Material, part_of
 from services.trainer.recipes.post_train.readers import Reader
@@ -30,8 +31,9 @@ from shared.errors import EditxError, UserError
 
 log = logging.getLogger(__name__)
 
+EMOTIONS = ("happy", "angry", "sad", "fear", "surprised", "excited", "depressed", "coldness")
 MANNERS = (
-    *(f"emotion/{name}" for name in ("happy", "angry", "sad", "fear", "surprised", "excited", "depressed", "coldness")),
+    *(f"emotion/{name}" for name in EMOTIONS),
     *(f"style/{name}" for name in ("whisper", "gentle", "serious", "exaggerated", "child", "older")),
 )
 SPEEDS = ("speed/faster", "speed/slower", "speed/more faster", "speed/more slower")
@@ -78,7 +80,9 @@ class Group:
 
 
 def plan(config: RecordConfig, readers: Sequence[Reader], sentences: Sentences, seed: int) -> list[Group]:
-    """All groups, a function of the seed; `readers[0]` is the good teacher. Raises UserError without sentences."""
+    """All groups, a function of the seed; `readers[0]` is the good teacher. A text fits the first of its
+    emotions. Raises UserError without sentences.
+    """
     known: dict[tuple[str, bool], list[str]] = {}
     for language in readers[0].speakers:
         for held_out in (False, True):
@@ -86,6 +90,12 @@ def plan(config: RecordConfig, readers: Sequence[Reader], sentences: Sentences, 
             if not texts:
                 raise UserError(f"There are no sentences of the language {language!r}.", code="invalid_dataset")
             known[language, held_out] = texts
+
+    @cache
+    def fitting_texts(language: str, held_out: bool, emotion: str | None) -> list[str]:
+        texts = known[language, held_out]
+        return texts if emotion is None else fitting(texts, emotion)
+
     groups = []
     for number in range(config.groups + config.benchmark_groups):
         rng = np.random.default_rng((seed, 11, number))
@@ -93,7 +103,6 @@ def plan(config: RecordConfig, readers: Sequence[Reader], sentences: Sentences, 
         reader = 0 if is_benchmark or len(readers) == 1 or rng.random() < config.teacher_share else 1
         mandarin = reader == 0 and "zh" in readers[0].speakers and rng.random() < config.mandarin_share
         language = "zh" if mandarin else "en"
-        texts = known[language, is_benchmark]
         speakers = (readers[reader].held_out if is_benchmark else readers[reader].speakers)[language]
         readings = [(NEUTRAL, 1.0)]
         if not is_benchmark:
@@ -102,6 +111,8 @@ def plan(config: RecordConfig, readers: Sequence[Reader], sentences: Sentences, 
             low, high = config.weakest, config.strongest
             readings += [(m, float(rng.uniform(low, high, draws).max())) for m in chosen]
             readings += [(str(rng.choice(SPEEDS)), 1.0)] if number % 3 == 0 else []
+        emotion = EMOTIONS[number % len(EMOTIONS)] if is_benchmark else _first_emotion(readings)
+        texts = fitting_texts(language, is_benchmark, emotion)
         tag = None if is_benchmark or number % 3 != 2 else sounds.TAGS[number // 3 % len(sounds.TAGS)]
         groups.append(Group(
             number, reader, texts[int(rng.integers(len(texts)))], language, str(rng.choice(list(speakers))),
@@ -151,6 +162,12 @@ def load(folder: Path) -> Material:
     if not found[False]:
         raise UserError(f"There are no recordings in {folder}.", "Run the stage record.", "stage_missing")
     return Material(found[False], found[True])
+
+
+def _first_emotion(readings: Sequence[tuple[str, float]]) -> str | None:
+    """The emotion that the text is to fit."""
+    kinds = (manner.partition("/") for manner, _ in readings)
+    return next((detail for kind, _, detail in kinds if kind == "emotion"), None)
 
 
 def _length(text: str, language: str) -> int:
