@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shared.codes import AUDIO_VOCAB, LINGUISTIC_SIZE
+
 Aggregate = Literal["mean", "sum", "last"]
 KlEstimate = Literal["k1", "k2", "k3"]
 Placement = Literal["spread", "end"]
@@ -169,6 +171,19 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     used = mask > 0
     left, whole = (returns - values)[used].var(), returns[used].var()
     return 1 - left / whole.clamp(min=1e-8)
+
+
+def grammar_only(logits: Tensor, wanted: Tensor, offset: int, eos: int) -> Tensor:
+    """Logits (n, V) with what decoding cannot put in a token's place at -inf, by the ids wanted there (n,).
+
+    Linguistic codes compete with each other and with the end, semantic codes with each other, text with everything.
+    """
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    linguistic = ((ids >= offset) & (ids < offset + LINGUISTIC_SIZE)) | (ids == eos)
+    semantic = (ids >= offset + LINGUISTIC_SIZE) & (ids < offset + AUDIO_VOCAB)
+    allowed = torch.stack([torch.ones_like(linguistic), linguistic, semantic])
+    kind = linguistic[wanted].long() + 2 * semantic[wanted].long()
+    return logits.masked_fill(~allowed[kind], -torch.inf)
 
 
 def answer_loss(logits: Tensor, wanted: Tensor, weights: Tensor, total: Tensor | float) -> Tensor:

@@ -10,15 +10,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from services.trainer.core.batches import Batch, Encoded, encode, epoch_order, packed, plan_rows
 from services.trainer.core.distributed import Group, clip_gradients, join_group
-from services.trainer.core.objectives import answer_loss
+from services.trainer.core.objectives import answer_loss, grammar_only
 from services.trainer.core.runs import Observer, TrainingRun
+from services.trainer.core.sampling import Vocabulary
 from services.trainer.core.schedules import cosine, set_lr
 from services.trainer.core.settings import (
     LoopConfig,
@@ -38,12 +39,15 @@ from shared.prompts import TextTokenizer
 class SftConfig:
     """The paper: one epoch, 1e-5 decayed to 1e-6. It states no batch size: `rows_per_batch` rows of `row_tokens` here.
 
-    Chats longer than a row are left out and counted.
+    Chats longer than a row are left out and counted. `loss_over` "grammar" has a token compete only with those that
+    decoding could put in its place, which suits models that were trained so (the small checkpoint); the official
+    release was trained over the whole vocabulary.
     """
 
     epochs: int = 1
     row_tokens: int = 4096
     rows_per_batch: int = 4
+    loss_over: Literal["vocabulary", "grammar"] = "vocabulary"
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(lr=1e-5, final_lr=1e-6))
 
 
@@ -60,6 +64,7 @@ class SftTrainer:
         self.config, self.loop = config, config.loop
         self.group: Group = join_group(self.loop.sharding, self.loop.device)
         chats = [encode(tokenizer, row.turns(), row.target.mixed) for row in rows]
+        self.vocabulary = vocabulary_of(tokenizer, config)
         self.chats: list[Encoded] = [chat for chat in chats if len(chat.ids) <= config.row_tokens]
         self.left_out = len(chats) - len(self.chats)
         self.batches = self._plan()
@@ -108,7 +113,7 @@ class SftTrainer:
             rows = chosen[place] if place < len(chosen) else chosen[0]
             batch = packed([[self.chats[item] for item in row] for row in rows]).to(self.loop.device)
             with self.loop.autocast():
-                part = sft_loss(self.model, batch, total) * (place < len(chosen))
+                part = sft_loss(self.model, batch, total, self.vocabulary) * (place < len(chosen))
             (part * self.group.gradient_scale).backward()
             loss += float(part.detach())
         self.group.reduce_gradients(trainable(self.model))
@@ -117,12 +122,22 @@ class SftTrainer:
         return {"loss": self.group.total(loss), "lr": lr, "grad_norm": norm, "tokens": float(total)}
 
 
-def sft_loss(model: Step1, batch: Batch, total: float) -> Tensor:
-    """Sum of -log p of the batch's answer tokens over `total`, the answer tokens of the whole optimizer step."""
+def vocabulary_of(tokenizer: TextTokenizer, config: SftConfig) -> Vocabulary | None:
+    """Where the grammar's tokens lie, if the loss is over them alone."""
+    return Vocabulary(tokenizer.audio_offset, tokenizer.eos) if config.loss_over == "grammar" else None
+
+
+def sft_loss(model: Step1, batch: Batch, total: float, vocabulary: Vocabulary | None = None) -> Tensor:
+    """Sum of -log p of the batch's answer tokens over `total`, the answer tokens of the whole optimizer step.
+
+    With a `vocabulary`, p is over what the grammar lets stand in a token's place.
+    """
     hidden = model.hidden_states(batch.ids, document_ids=batch.document_ids)
     wanted, weights = batch.ids[:, 1:], batch.weights[:, 1:]
     used = weights > 0
     logits = model.lm_head(hidden[:, :-1][used])  # only positions with a loss: logits are the largest tensor
+    if vocabulary is not None:
+        logits = grammar_only(logits, wanted[used], vocabulary.offset, vocabulary.eos)
     return answer_loss(logits, wanted[used], weights[used], total)
 
 
@@ -136,5 +151,5 @@ def evaluate_loss(model: Step1, tokenizer: TextTokenizer, rows: Sequence[Row], c
     for row in plan:
         batch = packed([[chats[item] for item in row]]).to(config.loop.device)
         with config.loop.autocast():
-            loss += float(sft_loss(model, batch, total))
+            loss += float(sft_loss(model, batch, total, vocabulary_of(tokenizer, config)))
     return loss

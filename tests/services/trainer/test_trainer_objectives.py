@@ -12,6 +12,7 @@ from services.trainer.core.objectives import (
     calibration_error,
     explained_variance,
     gae,
+    grammar_only,
     kl_estimate,
     masked_mean,
     pair_accuracy,
@@ -153,6 +154,16 @@ def test_explained_variance_of_a_perfect_and_of_a_constant_critic() -> None:
     returns, mask = torch.tensor([[1.0, 2.0, 3.0]]), torch.ones(1, 3)
     close(explained_variance(returns, returns, mask), 1.0)
     close(explained_variance(torch.full((1, 3), 2.0), returns, mask), 0.0)
+
+
+def test_under_the_grammar_a_code_competes_with_its_kind_alone() -> None:
+    offset, eos = 10, 3
+    wanted = torch.tensor([offset + 4, offset + 1024 + 9, eos, 5])
+    logits = grammar_only(torch.zeros(4, offset + 5120), wanted, offset, eos)
+    assert torch.isfinite(logits).sum(-1).tolist() == [1025, 4096, 1025, offset + 5120]
+    assert torch.isfinite(logits[torch.arange(4), wanted]).all()
+    loss = answer_loss(logits[:2], wanted[:2], torch.ones(2), 2.0)
+    assert math.isclose(float(loss), (math.log(1025) + math.log(4096)) / 2, rel_tol=1e-5)
 
 
 def test_answer_loss_weighs_every_token_alike_however_batches_are_cut() -> None:

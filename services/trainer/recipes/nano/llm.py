@@ -4,6 +4,8 @@
 tokenizers' centroids, so that codes that sound alike begin alike. Two heads of some layers are shown where to look
 (`alignment`): one at the piece of text that is being said, one at the token of the source that says the same; a small
 model finds the words hours earlier that way (guided attention, arXiv 1710.08969, with the teachers' own alignment).
+Some audio tokens of the input are other ones, so that words are read from the text rather than guessed from the sound
+so far, which a model of this size otherwise learns by heart.
 The loss of an audio token is over the codes that its place in the group allows, which is what decoding samples from.
 Needs `codes` and `plain`.
 """
@@ -47,6 +49,8 @@ class LlmRecipe:
     """Shares of the steps where the text stage and the stage of text beside audio end."""
     shown_weight: float = 0.3
     """Of the attention that is shown, in the loss."""
+    replaced: float = 0.15
+    """Share of the input's audio tokens that are others of their kind."""
     longest: int = 800
     hidden: int = 256
     layers: int = 6
@@ -102,8 +106,9 @@ class Example(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Examples as tensors, (B, L) and (B, L, 3)."""
+    """Examples as tensors, (B, L) and (B, L, 3). `given` is what the model reads, `ids` what it is to say next."""
 
+    given: Tensor
     ids: Tensor
     learned: Tensor
     text: Tensor
@@ -233,7 +238,7 @@ class Examples:
             for line, array in enumerate(arrays):
                 wide[line, : len(array)] = array
             parts.append(torch.from_numpy(wide))
-        return Batch(*parts)
+        return Batch(replaced(parts[0], self.tokenizer.audio_offset, self.recipe.replaced, rng), *parts)
 
     def _kind(self, rng: np.random.Generator, share: float) -> Any:
         if share < self.recipe.text_until:
@@ -257,6 +262,15 @@ def edit_between(source: str, target: str) -> Edit:
         )
     kind, _, detail = target.partition("/")
     return Edit(type=kind, detail=detail)  # type: ignore[arg-type]
+
+
+def replaced(ids: Tensor, offset: int, share: float, rng: np.random.Generator) -> Tensor:
+    """The ids with a share of their codes replaced by codes of the same kind."""
+    code = ids.numpy() - offset
+    other = np.where(code < LINGUISTIC_SIZE, rng.integers(LINGUISTIC_SIZE, size=code.shape),
+                     LINGUISTIC_SIZE + rng.integers(SEMANTIC_SIZE, size=code.shape))  # fmt: skip
+    chosen = (code >= 0) & (rng.random(code.shape) < share)
+    return torch.from_numpy(np.where(chosen, other, code) + offset)
 
 
 class Shown:
@@ -334,9 +348,9 @@ def choices(ids: Tensor, before: Tensor, offset: int, eos: int) -> dict[str, Cho
 
 def loss_of(model: Step1, offset: int, batch: Batch, shown_weight: float) -> dict[str, Tensor]:
     """Losses of a batch of tensors: "loss" to minimise, and per token "linguistic", "semantic", "text" and "shown"."""
-    ids = batch.ids
-    attend = Shown(model.whole_sequences(ids[:, :-1]), model, batch.text[:, :-1], batch.source[:, :-1])
-    hidden = model.hidden_states(ids[:, :-1], attend=attend)
+    ids, given = batch.ids, batch.given[:, :-1]
+    attend = Shown(model.whole_sequences(given), model, batch.text[:, :-1], batch.source[:, :-1])
+    hidden = model.hidden_states(given, attend=attend)
     used = batch.learned[:, 1:]
     wanted, states = ids[:, 1:][used], hidden[used]
     report, total = {}, states.new_zeros((), dtype=torch.float32)

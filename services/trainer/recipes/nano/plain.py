@@ -1,7 +1,7 @@
 """Cheap speech for the language model: hours by virtual speakers, straight to codes.
 
 How text becomes speech, and how one reading becomes another, is learned from hours. The same speakers and manners as
-in `volume`, other sentences; only codes are kept. Every third reading also in noise and with pauses. `python -m
+in `volume`, other sentences; only codes are kept. Every ninth reading also in noise and with pauses. `python -m
 services.trainer.recipes.nano.plain`; several processes share the work by `--part k/n`.
 """
 
@@ -15,11 +15,12 @@ import soxr
 import torch
 
 from services.trainer.recipes.nano import assets, volume
-from services.trainer.recipes.nano.codes import VARIED_EVERY, Item, coded, load_items, open_tokenizers, save_items
+from services.trainer.recipes.nano.codes import Item, coded, load_items, open_tokenizers, save_items
 from services.trainer.recipes.nano.teacher import SAMPLE_RATE_HZ
 
 FIRST_SENTENCE = 1_000_000
 SENTENCES_PER_SHARD = 150
+VARIED_EVERY = 9
 
 
 def items() -> Iterator[Item]:

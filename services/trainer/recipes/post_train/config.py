@@ -68,7 +68,8 @@ def gpu() -> PostTrainConfig:
     )  # fmt: skip
     return PostTrainConfig(
         device="cuda", workers=16,
-        sft=SftConfig(epochs=2, row_tokens=4096, rows_per_batch=8, loop=_loop(3e-4, 3e-5, "cuda", warmup_steps=20)),
+        sft=SftConfig(epochs=2, row_tokens=4096, rows_per_batch=8, loss_over="grammar",
+                      loop=_loop(3e-4, 3e-5, "cuda", warmup_steps=20)),
         reward=RewardConfig(epochs=2, pairs_per_batch=32, loop=_loop(1e-4, 5e-5, "cuda", warmup_steps=10)),
         ppo=ppo,
     )  # fmt: skip
@@ -80,7 +81,7 @@ def cpu() -> PostTrainConfig:
     ppo = replace(big.ppo, steps=80, critic_warmup=10, prompts_per_step=8, minibatch=16, micro=8,
                   loop=replace(big.ppo.loop, device="cpu", save_every=5))  # fmt: skip
     sft = replace(big.sft, epochs=2, row_tokens=2048, rows_per_batch=1,
-                  loop=replace(big.sft.loop, device="cpu", save_every=20))  # fmt: skip
+                  loop=replace(big.sft.loop, device="cpu", save_every=20, precision="bf16"))  # fmt: skip
     return replace(
         big, device="cpu", workers=2, slots=16,
         record=RecordConfig(groups=1000, benchmark_groups=40, teacher_share=0.08),

@@ -69,6 +69,18 @@ def test_a_text_is_found_where_it_stands_last() -> None:
     assert places([0, 0], "a b") is None
 
 
+def test_replaced_codes_stay_of_their_kind_and_text_stays() -> None:
+    offset = 40
+    ids = torch.cat([torch.arange(40), offset + torch.arange(5120)]).repeat(4, 1)
+    found = llm.replaced(ids, offset, 0.5, np.random.default_rng(0))
+    assert torch.equal(found[:, :40], ids[:, :40])
+    code, was = found[:, 40:] - offset, ids[:, 40:] - offset
+    assert torch.equal(code < 1024, was < 1024)
+    assert code.min() >= 0 and code.max() < 5120
+    assert 0.47 < float((code != was).float().mean()) < 0.53
+    assert torch.equal(llm.replaced(ids, offset, 0.0, np.random.default_rng(0)), ids)
+
+
 def test_an_end_competes_with_linguistic_codes_and_text_with_text() -> None:
     offset, eos = 40, 3
     ids = torch.tensor([offset + 5, offset + 1024 + 7, eos, eos, 12])
@@ -87,7 +99,7 @@ def test_shown_heads_learn_to_look_where_they_are_shown() -> None:
     ids = torch.randint(0, 5000, (2, 24))
     text = torch.full((2, 24, 3), -1)
     text[:, 12:23, 1] = torch.arange(1, 12)
-    batch = llm.Batch(ids, torch.ones(2, 24, dtype=torch.bool), text, torch.full((2, 24, 3), -1))
+    batch = llm.Batch(ids, ids, torch.ones(2, 24, dtype=torch.bool), text, torch.full((2, 24, 3), -1))
     optimizer = Optimizer(model, 3e-3, outside=("embed", "lm_head"))
     shown = []
     for _ in range(60):
