@@ -76,7 +76,8 @@ def test_replaced_codes_stay_of_their_kind_and_text_stays() -> None:
     assert torch.equal(found[:, :40], ids[:, :40])
     code, was = found[:, 40:] - offset, ids[:, 40:] - offset
     assert torch.equal(code < 1024, was < 1024)
-    assert code.min() >= 0 and code.max() < 5120
+    assert code.min() >= 0
+    assert code.max() < 5120
     assert 0.47 < float((code != was).float().mean()) < 0.53
     assert torch.equal(llm.replaced(ids, offset, 0.0, np.random.default_rng(0)), ids)
 
