@@ -1,7 +1,9 @@
 """Assemble the small checkpoint in the published layout from the runs. `python -m
 services.trainer.recipes.nano.export models/nano`.
 
-Weights in bfloat16 where a loader converts them, float32 in the ONNX files; a `SHA256SUMS` beside them.
+Weights in bfloat16 where a loader converts them, float32 in the ONNX files; a `SHA256SUMS` beside them. Where the
+runs were restored from a released checkpoint (`restore`), `--tokenizers CHECKPOINT` takes its tokenizers and speaker
+encoder.
 """
 
 from __future__ import annotations
@@ -20,13 +22,15 @@ from services.trainer.recipes.nano import flow, linguistic, llm, semantic, speak
 from services.trainer.recipes.nano.run import TRAINED, Run
 from shared.checkpoints import manifest
 from shared.checkpoints.export import export_semantic_onnx, export_speaker_onnx, save_linguistic
-from shared.checkpoints.layout import DECODER_FOLDER, EDITX_FOLDER, LINGUISTIC_FOLDER, TOKENIZER_FOLDER
+from shared.checkpoints.layout import DECODER_FOLDER, EDITX_FOLDER, LINGUISTIC_FOLDER, TOKENIZER_FOLDER, Checkpoint
 from shared.models.flow import Flow, FlowConfig
 from shared.models.spectral import SpectralConfig, SpectralVocoder
 from shared.models.step1 import Step1
 from shared.prompts import TextTokenizer
 
-VERSION = "0.2.0"
+VERSION = "0.3.0"
+SPEAKER_FILE = Path(EDITX_FOLDER) / DECODER_FOLDER / "campplus.onnx"
+TOKENIZERS = ("linguistic", "semantic", "speaker")
 TEMPERATURE = 0.2
 """Of 0.2, 0.4 and 0.7 the one with the fewest wrong words, on sentences and voices outside the benchmark."""
 MEL = {
@@ -86,12 +90,14 @@ def write_decoder(folder: Path) -> None:
     }
     document = {"mel_conf": MEL, "flow": flow.SECTION, "spectral": section}
     (folder / "cosyvoice.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+
+
+def write_tokenizers(root: Path) -> None:
+    """The two tokenizers and the speaker encoder, from their runs."""
+    folder = root / TOKENIZER_FOLDER
     pupil = speaker.Pupil(512)
     load("speaker", "model", pupil)
-    export_speaker_onnx(pupil.encoder.eval(), folder / "campplus.onnx")
-
-
-def write_tokenizers(folder: Path) -> None:
+    export_speaker_onnx(pupil.encoder.eval(), root / SPEAKER_FILE)
     student = linguistic.Student()
     load("linguistic", "model", student)
     cmvn = torch.stack([student.shift, student.scale])
@@ -109,6 +115,14 @@ def write_tokenizers(folder: Path) -> None:
     export_semantic_onnx(encoder.eval(), folder / "speech_tokenizer_v1.onnx")
 
 
+def copy_tokenizers(released: Path, root: Path) -> dict[str, int]:
+    """The same from a released checkpoint; the steps that they were trained for."""
+    shutil.copytree(released / TOKENIZER_FOLDER, root / TOKENIZER_FOLDER, dirs_exist_ok=True)
+    shutil.copy(released / SPEAKER_FILE, root / SPEAKER_FILE)
+    steps = json.loads((released / "editx.json").read_text())["steps"]
+    return {name: steps[name] for name in TOKENIZERS}
+
+
 def write_sums(root: Path) -> None:
     """SHA256SUMS of every other file."""
     files = [f for f in root.rglob("*") if f.is_file() and f.name != manifest.FILE]
@@ -118,20 +132,26 @@ def write_sums(root: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", type=Path)
-    root: Path = parser.parse_args().target
+    parser.add_argument("--tokenizers", help="a released checkpoint whose tokenizers these runs were trained on")
+    arguments = parser.parse_args()
+    root: Path = arguments.target
     decoder, tokenizer = root / EDITX_FOLDER / DECODER_FOLDER, root / TOKENIZER_FOLDER
     for folder in (decoder, tokenizer):
         folder.mkdir(parents=True, exist_ok=True)
+    steps = {name: Run(name, {}, 0).step for name in TRAINED}
     write_language_model(root / EDITX_FOLDER)
     write_decoder(decoder)
-    write_tokenizers(tokenizer)
+    if arguments.tokenizers is None:
+        write_tokenizers(root)
+    else:
+        steps |= copy_tokenizers(Checkpoint.resolve(arguments.tokenizers).root, root)
     document = {
         "name": "nano",
         "version": VERSION,
         "trained_on": TRAINED_ON,
         "trim_before_mel": True,
         "temperature": TEMPERATURE,
-        "steps": {name: Run(name, {}, 0).step for name in TRAINED},
+        "steps": steps,
     }
     (root / "editx.json").write_text(json.dumps(document, indent=2) + "\n")
     write_sums(root)
