@@ -142,7 +142,7 @@ class PostTrain:
         """Margins for a pool of pairs, two SFT sets of one size, clones, prompts with references, the benchmark."""
         c, material = self.config, self._material()
         scorer, system = MarginScorer.load(self.root / "margin.json"), self._system(self.base.root)
-        pool = [self._scored(scorer, *pair) for pair in material.pairs("sft", TASKS)[: 3 * c.pairs]]
+        pool = [self._scored(material, scorer, *pair) for pair in material.pairs("sft", TASKS)[: 3 * c.pairs]]
         kept = keep_large_margins(pool, Thresholds())
         size = min(c.pairs, len(kept.rows))
         order = np.random.default_rng((c.seed, 1)).permutation(len(pool))[:size]
@@ -344,10 +344,10 @@ class PostTrain:
         write_checkpoint(self.base, self.work.checkpoint(name), state, name=f"{self.base.metadata.name}-{name}",
                          version=self.base.metadata.version, facts=facts, sounds=sounds)  # fmt: skip
 
-    def _scored(self, scorer: MarginScorer, source: Item, target: Item) -> Row:
+    def _scored(self, material: Material, scorer: MarginScorer, source: Item, target: Item) -> Row:
         edit = edit_towards(target.manner)
         margin = scorer.score(pair_features(at_16k(source.audio()), at_16k(target.audio())), str(edit))
-        return self._material().row(source, target, edit, margin)
+        return material.row(source, target, edit, margin)
 
     def _draw(self, model: Step1, rows: Sequence[Row], seed: int) -> list[Codes]:
         c = self.config
