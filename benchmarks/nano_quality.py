@@ -168,27 +168,33 @@ def cloning(editor: Editor, judges: Judges, source: Source, number: int) -> dict
 
 
 def edits(editor: Editor, judges: Judges, source: Source, number: int) -> tuple[dict[str, Scores], dict[str, str]]:
-    """Every trained emotion, style and speed on `number` clips each: direction kept, words and voice kept."""
+    """Every trained emotion, style and speed on `number` clips each: direction kept, words and voice kept.
+
+    Beside it the teacher's own readings through the codes and the decoder, in the source's voice: what an edit could
+    reach if the language model made no mistake.
+    """
     rows: dict[str, str] = {}
-    heard, said, voices, right = [], [], [], []
+    made: dict[str, list[tuple[Clip, np.ndarray, bool]]] = {"teacher's, through the codes": [], "editx": []}
     for manner in [name for name in teacher.MANNERS if name != "neutral"]:
         kind, _, detail = manner.partition("/")
-        hits = []
         for clip in source.clips(number, first=200):
             wanted = source.say(clip.text, clip.voice, manner)
-            audio = attempt(lambda c=clip, k=kind, d=detail: editor.edit(c.waveform, text=c.text, seed=SEED, **{k: d}))  # type: ignore[misc]
-            hits.append(follows(judges, clip.at_16k, wanted.at_16k, audio))
-            heard.append(judges.hear(audio))
-            said.append(clip.text)
-            voices.append(similarity(judges.voice(audio), judges.voice(clip.at_16k)))
-        right += hits
+            edited = attempt(lambda c=clip, k=kind, d=detail: editor.edit(c.waveform, text=c.text, seed=SEED, **{k: d}))  # type: ignore[misc]
+            decoded = editor.decode(editor.tokenize(wanted.waveform), editor.tokenize(clip.waveform), seed=SEED)
+            for name, audio in zip(made, (to_16k(decoded.samples), edited), strict=True):
+                made[name].append((clip, audio, follows(judges, clip.at_16k, wanted.at_16k, audio)))
+        hits = [right for _, _, right in made["editx"][-number:]]
         rows[manner] = f"{sum(hits)}/{len(hits)}"
-    summary = {
-        "direction %": 100 * float(np.mean(right)),
-        "WER %": word_error_rate(said, heard),
+    return {name: _edit_scores(judges, results) for name, results in made.items()}, rows
+
+
+def _edit_scores(judges: Judges, results: Sequence[tuple[Clip, np.ndarray, bool]]) -> Scores:
+    voices = [similarity(judges.voice(audio), judges.voice(clip.at_16k)) for clip, audio, _ in results]
+    return {
+        "direction %": 100 * float(np.mean([right for _, _, right in results])),
+        "WER %": word_error_rate([clip.text for clip, _, _ in results], [judges.hear(a) for _, a, _ in results]),
         "similarity": float(np.mean(voices)),
     }
-    return {"editx": summary}, rows
 
 
 def follows(judges: Judges, before: np.ndarray, wanted: np.ndarray, after: np.ndarray) -> bool:

@@ -96,7 +96,7 @@ def report(
 
 @app.command("fit-judge")
 def fit_judge(
-    examples: Annotated[Path, typer.Argument(help="JSONL: task, label, source (neutral) and audio (paths).")],
+    examples: Annotated[Path, typer.Argument(help="JSONL: task, label, source (neutral) and audio (paths), text, source_text.")],
     out: Annotated[Path, typer.Option(help="The judge file to write.")] = Path("judge.json"),
 ) -> None:
     """Fit the offline acoustic judge on labelled recordings; the label "neutral" belongs into every task."""
@@ -108,7 +108,7 @@ def fit_judge(
     for line in map(json.loads, examples.read_text(encoding="utf-8").splitlines()):
         before, after = (at_16k(read_audio(examples.parent / line[name])) for name in ("source", "audio"))
         x, labels = tasks.setdefault(line["task"], ([], []))
-        x.append(change(before, after))
+        x.append(change(before, after, (line.get("source_text", ""), line.get("text", ""))))
         labels.append(line["label"])
     AcousticJudge({task: Classifier.fit(x, labels) for task, (x, labels) in tasks.items()}).save(out)
     typer.echo(f"{out}: {', '.join(f'{task} from {len(labels)}' for task, (_, labels) in tasks.items())}")

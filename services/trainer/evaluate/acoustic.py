@@ -1,13 +1,15 @@
 """How a recording sounds, as a dozen numbers, and classifiers and scores on top of them that run offline.
 
 Features are of the voice's pitch, loudness, spectrum and pace; a pair's features are the changes from one recording to
-another of the same voice, which is what an edit makes. The judge is a regularised linear classifier, so that it cannot
+another of the same voice, which is what an edit makes. Where the words are known, so is the rate of speaking; it is
+what tells most manners apart. The judge is a regularised linear classifier, so that it cannot
 learn more than the features say. Knows nothing about checkpoints or codes.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,13 @@ from shared.errors import UserError
 RATE_HZ = 16_000
 FRAME, HOP = 640, 160
 F0_LOW_HZ, F0_HIGH_HZ, VOICED = 60.0, 450.0, 0.5
-FEATURES = ("f0", "f0_spread", "f0_range", "voiced", "level", "dynamics", "tilt", "centroid", "highs", "pace", "pauses")
+F0_REACH = (0.6, 1.9)
+"""How far F0 goes from a recording's median; further away are errors of an octave."""
+FEATURES = (
+    "f0", "f0_spread", "f0_range", "f0_low", "f0_high", "voiced", "level", "dynamics", "tilt", "centroid", "highs",
+    "pace", "pauses", "rate",
+)  # fmt: skip
+RATE = FEATURES.index("rate")
 PAIR_FEATURES = (*FEATURES, "duration")
 
 Vector = npt.NDArray[np.float64]
@@ -34,15 +42,28 @@ def _frames(audio: Audio) -> npt.NDArray[np.float64]:
 
 
 def pitch(audio: Audio) -> Vector:
-    """F0 in Hz of 10 ms frames of 16 kHz audio (n,), 0 where unvoiced, by normalised autocorrelation."""
+    """F0 in Hz of 10 ms frames of 16 kHz audio (n,), 0 where unvoiced, by normalised autocorrelation.
+
+    Twice: the second time near the median of the first, which avoids errors of an octave.
+    """
     frames = _frames(audio)
     frames = frames - frames.mean(1, keepdims=True)
     spectrum = np.fft.rfft(frames, 2 * FRAME)
     correlation = np.fft.irfft(spectrum * spectrum.conj())[:, :FRAME]
+    first = _pitch_within(correlation, F0_LOW_HZ, F0_HIGH_HZ)
+    if not (first > 0).any():
+        return first
+    median = float(np.median(first[first > 0]))
+    low, high = (median * reach for reach in F0_REACH)
+    return _pitch_within(correlation, max(low, F0_LOW_HZ), high)
+
+
+def _pitch_within(correlation: npt.NDArray[np.float64], low_hz: float, high_hz: float) -> Vector:
+    """The pitch between two bounds from the frames' autocorrelation (frames, FRAME)."""
     energy = correlation[:, :1]
     taper = np.arange(FRAME, 0, -1) / FRAME
     normal = correlation / np.maximum(energy, 1e-9) / taper
-    low, high = int(RATE_HZ / F0_HIGH_HZ), int(RATE_HZ / F0_LOW_HZ)
+    low, high = int(RATE_HZ / high_hz), min(int(RATE_HZ / low_hz) + 1, FRAME - 1)
     region = normal[:, low:high]
     best = region.argmax(1)
     strong = region >= 0.92 * region.max(1, keepdims=True)  # the first strong peak, against octave errors
@@ -53,8 +74,16 @@ def pitch(audio: Audio) -> Vector:
     return np.where(voiced, RATE_HZ / (first + low), 0.0)
 
 
-def features(audio: Audio) -> Vector:
+def _letters(text: str) -> int:
+    """How much there is to say: letters outside of [tags], a Chinese character for three."""
+    words = re.sub(r"\[[^]]*\]", " ", text).lower()
+    return len(re.findall(r"[a-z]", words)) + 3 * len(re.findall(r"[\u4e00-\u9fff]", words))
+
+
+def features(audio: Audio, text: str = "") -> Vector:
     """The numbers named by FEATURES for 16 kHz audio (n,): octaves, semitones, dB, shares and syllables per second.
+
+    The last, log2 of letters per second, needs the words that are said; it is 0 without.
 
     Raises UserError for audio that is empty, silent or holds NaN.
     """
@@ -76,18 +105,24 @@ def features(audio: Audio) -> Vector:
     smooth = np.convolve(decibels, np.hanning(9) / np.hanning(9).sum(), mode="same")
     rising = (smooth[1:-1] > smooth[:-2]) & (smooth[1:-1] >= smooth[2:]) & (smooth[1:-1] > decibels.max() - 20)
     low, high = np.percentile(octaves, [10, 90])
+    spoken = np.flatnonzero(decibels > decibels.max() - 25)
+    letters, span_s = _letters(text), (spoken[-1] - spoken[0] + 1) * HOP / RATE_HZ
     return np.array([
-        float(np.median(octaves)), 12 * float(octaves.std()), 12 * float(high - low),
+        float(np.median(octaves)), 12 * float(octaves.std()), 12 * float(high - low), float(low), float(high),
         len(voiced) / max(1, active.sum()),
         10 * np.log10(np.mean(np.sort(power)[len(power) // 2 :])), float(decibels[active].std()), bands[1] - bands[0],
         float(np.log2((spectrum * hertz).sum() / spectrum.sum())), bands[2] - bands[0],
         float(rising.sum() / (len(audio) / RATE_HZ)), 1 - float(active.mean()),
+        float(np.log2(letters / span_s)) if letters else 0.0,
     ])  # fmt: skip
 
 
-def change(source: Audio, target: Audio) -> Vector:
-    """Changes of the FEATURES from source to target, which need not say the same words."""
-    return np.asarray(features(target) - features(source))
+def change(source: Audio, target: Audio, texts: tuple[str, str] = ("", "")) -> Vector:
+    """Changes of the FEATURES from source to target, which say the two texts; no change of rate without both."""
+    moved = np.asarray(features(target, texts[1]) - features(source, texts[0]))
+    if not all(texts):
+        moved[RATE] = 0.0
+    return moved
 
 
 def pair_features(source: Audio, target: Audio) -> Vector:
@@ -157,22 +192,22 @@ class AcousticJudge:
 
     tasks: dict[str, Classifier]
 
-    def label(self, task: str, source: Audio, audio: Audio) -> str:
-        """The label of `audio` given the neutral `source`, both 16 kHz."""
-        return self._task(task).predict(change(source, audio)[None])[0]
+    def label(self, task: str, source: Audio, audio: Audio, texts: tuple[str, str] = ("", "")) -> str:
+        """The label of `audio` given the neutral `source`, both 16 kHz, and where known what they say."""
+        return self._task(task).predict(change(source, audio, texts)[None])[0]
 
-    def score(self, task: str, tag: str, source: Audio, audio: Audio) -> float:
+    def score(self, task: str, tag: str, source: Audio, audio: Audio, texts: tuple[str, str] = ("", "")) -> float:
         """Probability of the wanted tag, 0 to 1; 0 for a tag that the judge was not trained on."""
-        return self.score_change(task, tag, change(source, audio))
+        return self.score_change(task, tag, change(source, audio, texts))
 
     def score_change(self, task: str, tag: str, moved: Vector) -> float:
         """The score from the changes of the features (len(FEATURES),)."""
         found = self._task(task)
         return float(found.probabilities(moved)[0, found.labels.index(tag)]) if tag in found.labels else 0.0
 
-    def rating(self, task: str, tag: str, source: Audio, audio: Audio) -> float:
+    def rating(self, task: str, tag: str, source: Audio, audio: Audio, texts: tuple[str, str] = ("", "")) -> float:
         """The score as a rating from 1 to 10."""
-        return 1 + 9 * self.score(task, tag, source, audio)
+        return 1 + 9 * self.score(task, tag, source, audio, texts)
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,12 +26,14 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked about a recording: the task, its labels, the tag that was wanted, and the text that is said."""
+    """What is asked about a recording: the task, its labels, the tag that was wanted, the text that is said, and the
+    neutral reference's where it is known."""
 
     task: str
     wanted: str
     text: str
     labels: tuple[str, ...] = ()
+    source_text: str = ""
 
     def prompt(self) -> str:
         """The question in words, with the form of the answer."""

@@ -84,8 +84,9 @@ class OfflineJudge:
         if question.task == "paralinguistic":
             raise UserError("The acoustic judge does not hear laughter and the like.", "Use a remote judge.")
         source, audio = at_16k(read_audio(source_wav)), at_16k(read_audio(wav))
-        label = same_label(self._judge.label(question.task, source, audio))
-        return Verdict(label, self._judge.rating(question.task, question.wanted, source, audio))
+        texts = (question.source_text, question.text)
+        label = same_label(self._judge.label(question.task, source, audio, texts))
+        return Verdict(label, self._judge.rating(question.task, question.wanted, source, audio, texts))
 
 
 def at_16k(waveform: Waveform) -> Audio:
@@ -147,7 +148,7 @@ def _case(
     reference = read_audio(audio)
     reference_wav, reference_16k = write_audio(reference, None, "wav") or b"", at_16k(reference)
     wanted = same_label(case.task_sub)
-    question = Question(case.task, wanted, case.gen_text, labels)
+    question = Question(case.task, wanted, case.gen_text, labels, case.prompt_text)
     iterations: list[dict[str, object]] = []
     first = current = system.clone(reference, case.prompt_text, case.words, setup.seed)
     text = case.words

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from services.trainer.evaluate.acoustic import AcousticJudge, Classifier, change, features, pitch
+from services.trainer.evaluate.acoustic import FEATURES, AcousticJudge, Classifier, change, features, pitch
 from services.trainer.evaluate.benchmark import Case, read_cases
 from services.trainer.evaluate.remote import Api, HttpJudge, Question, Verdict, parse_verdict
 from services.trainer.evaluate.report import bootstrap, compare, markdown, paired, summarise, write_report
@@ -140,8 +140,13 @@ def test_pitch_and_features_see_what_was_changed() -> None:
     f0 = pitch(low)
     assert np.median(f0[f0 > 0]) == pytest.approx(120, rel=0.03)
     moved = change(low, high)
-    assert moved[0] == pytest.approx(1.0, abs=0.06)  # an octave
-    assert moved[4] == pytest.approx(-6.0, abs=0.5)  # dB
+    assert moved[FEATURES.index("f0")] == pytest.approx(1.0, abs=0.06)  # an octave
+    assert moved[FEATURES.index("level")] == pytest.approx(-6.0, abs=0.5)  # dB
+    assert moved[FEATURES.index("rate")] == 0.0
+    texts = ("Eight letters.", "Sixteen letters, all.")
+    assert change(low, tone(1.6, 120.0), ("abcdefgh", "abcdefgh"))[FEATURES.index("rate")] == pytest.approx(-1, abs=0.1)
+    assert change(low, low, texts)[FEATURES.index("rate")] == pytest.approx(np.log2(18 / 12), abs=1e-6)
+    assert features(low, "[Sigh] 你好 no")[-1] == pytest.approx(np.log2(8 / 0.8), abs=0.1)
     with pytest.raises(UserError, match="silent"):
         features(np.zeros(1000, np.float32))
 

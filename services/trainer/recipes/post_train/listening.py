@@ -47,7 +47,7 @@ def fit_judge(
             try:
                 original = source.audio()
                 spoken = system.decode(target.mixed, system.tokenize(original))
-                return np.asarray(features(at_16k(spoken)) - features(at_16k(original)))
+                return np.asarray(features(at_16k(spoken), target.text) - features(at_16k(original), source.text))
             except UserError as error:
                 log.warning("recording %s teaches no judge: %s", target.id, error)
                 return None
@@ -79,7 +79,7 @@ def fit_margins(material: Material, judge: AcousticJudge, count: int) -> MarginS
         before, after = (at_16k(item.audio()) for item in (source, target))
         x.append(pair_features(before, after))
         categories.append(f"{task} {tag}")
-        ratings.append(judge.rating(task, tag, before, after))
+        ratings.append(judge.rating(task, tag, before, after, (source.text, target.text)))
     return MarginScorer.fit(x, categories, ratings)
 
 
@@ -97,7 +97,7 @@ def rate(
         row, mixed = rows[place], answers[place]
         try:
             reference, before = work.reference(row)
-            moved = features(at_16k(system.decode(mixed, reference, seed=place))) - before
+            moved = features(at_16k(system.decode(mixed, reference, seed=place)), row.target.text) - before
         except EditxError as error:
             log.warning("an answer to %s is rated 1, nothing is heard: %s", row.id, error)
             return [1.0 for _ in judges]

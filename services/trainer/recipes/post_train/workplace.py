@@ -70,7 +70,7 @@ class Workplace:
         """What decoding and judging answers to a row need of its source recording."""
         path = self.root / "references" / f"{row.source.sha256}.safetensors"
         if not path.exists():
-            path.with_suffix(".json").write_text(json.dumps(features(at_16k(waveform)).tolist()))
+            path.with_suffix(".json").write_text(json.dumps(features(at_16k(waveform), row.source.text).tolist()))
             partial = path.with_suffix(".partial")
             partial.write_bytes(system.tokenize(waveform).to_bytes())
             partial.replace(path)
