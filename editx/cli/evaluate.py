@@ -96,7 +96,7 @@ def report(
 
 @app.command("fit-judge")
 def fit_judge(
-    examples: Annotated[Path, typer.Argument(help="JSONL: task, label, source (neutral) and audio (paths), text, source_text.")],
+    examples: Annotated[Path, typer.Argument(help="JSONL: task, label, source (neutral), audio, text, source_text.")],
     out: Annotated[Path, typer.Option(help="The judge file to write.")] = Path("judge.json"),
 ) -> None:
     """Fit the offline acoustic judge on labelled recordings; the label "neutral" belongs into every task."""
