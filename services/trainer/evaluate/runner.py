@@ -10,7 +10,7 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,7 +72,7 @@ class NoMeasures:
 
 
 class OfflineJudge:
-    """The acoustic judge in the judges' interface: labels of emotion and style relative to the neutral reference."""
+    """The acoustic judge in the judges' interface: labels of emotion and style relative to a neutral reference."""
 
     name = "acoustic"
 
@@ -149,6 +149,7 @@ def _case(
     reference_wav, reference_16k = write_audio(reference, None, "wav") or b"", at_16k(reference)
     wanted = same_label(case.task_sub)
     question = Question(case.task, wanted, case.gen_text, labels, case.prompt_text)
+    before_wav = reference_wav
     iterations: list[dict[str, object]] = []
     first = current = system.clone(reference, case.prompt_text, case.words, setup.seed)
     text = case.words
@@ -160,7 +161,9 @@ def _case(
         file = folder / "audio" / f"{case.key}-iter{number}.wav"
         file.parent.mkdir(exist_ok=True)
         write_audio(current, file, "wav")
-        verdict = judge.ask(question, file.read_bytes(), reference_wav)
+        verdict = judge.ask(question, file.read_bytes(), before_wav)
+        if not number:  # an edit is compared with the clone that it changes: the same words by the same decoder
+            before_wav, question = file.read_bytes(), replace(question, source_text=case.gen_text)
         found = measures.measure(case.words, case.lang, reference_16k, at_16k(current))
         score = verdict.rating if case.task == "paralinguistic" else float(verdict.label == wanted)
         iterations.append({

@@ -1,7 +1,8 @@
 """Answers made audible and rated by the acoustic judges: fits the judges, rates candidates.
 
-Judges are fitted on recordings that went through the codes and the decoder, as answers do, against the neutral original
-of the same voice. Two judges learn from different recordings: one makes preferences, the other is kept for tests.
+Judges are fitted on recordings that went through the codes and the decoder, as answers do, against the neutral one of
+the same voice that went the same way: what the decoder does to every voice is not taken for an emotion. Two judges
+learn from different recordings: one makes preferences, the other is kept for tests.
 """
 
 from __future__ import annotations
@@ -45,9 +46,12 @@ def fit_judge(
         def moved(pair: tuple[Item, Item]) -> Vector | None:
             source, target = pair
             try:
-                original = source.audio()
-                spoken = system.decode(target.mixed, system.tokenize(original))
-                return np.asarray(features(at_16k(spoken), target.text) - features(at_16k(original), source.text))
+                voice = system.tokenize(source.audio())
+                before, after = (
+                    features(at_16k(system.decode(item.mixed, voice, seed=seed)), item.text)
+                    for seed, item in enumerate(pair)
+                )
+                return np.asarray(after - before)
             except UserError as error:
                 log.warning("recording %s teaches no judge: %s", target.id, error)
                 return None

@@ -67,12 +67,14 @@ class Workplace:
         return self.root / "runs" / name
 
     def keep_reference(self, system: PortSystem, row: Row, waveform: Waveform) -> None:
-        """What decoding and judging answers to a row need of its source recording."""
+        """What decoding and judging answers to a row need of its source: its tokens, and how it sounds decoded."""
         path = self.root / "references" / f"{row.source.sha256}.safetensors"
         if not path.exists():
-            path.with_suffix(".json").write_text(json.dumps(features(at_16k(waveform), row.source.text).tolist()))
+            tokens = system.tokenize(waveform)
+            decoded = features(at_16k(system.decode(row.source.mixed, tokens)), row.source.text)
+            path.with_suffix(".json").write_text(json.dumps(decoded.tolist()))
             partial = path.with_suffix(".partial")
-            partial.write_bytes(system.tokenize(waveform).to_bytes())
+            partial.write_bytes(tokens.to_bytes())
             partial.replace(path)
 
     def reference(self, row: Row) -> tuple[Tokenized, Vector]:
