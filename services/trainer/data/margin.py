@@ -80,7 +80,10 @@ class MarginScorer:
         return cls(weights, mean, scale)
 
     def score(self, change: npt.ArrayLike, category: str) -> float:
-        """The margin of one pair, 1 to 10."""
+        """The margin of one pair, 1 to 10. Raises UserError where the scorer was fitted on other features."""
+        if np.shape(change)[-1] != len(self.mean):
+            raise UserError(f"The margin scorer knows {len(self.mean)} features, the pair has {np.shape(change)[-1]}.",
+                            "Fit it again.", "margin_scorer_invalid")  # fmt: skip
         inputs = _expanded((np.atleast_2d(np.asarray(change, np.float64)) - self.mean) / self.scale)
         return float(np.clip(inputs @ self.weights.get(category, self.weights[""]), LOWEST, HIGHEST)[0])
 

@@ -218,7 +218,10 @@ class AcousticJudge:
         """Raises UserError when there is none."""
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
-            return cls({task: Classifier.from_document(found) for task, found in document.items()})
+            tasks = {task: Classifier.from_document(found) for task, found in document.items()}
+            if any(len(found.mean) != len(FEATURES) for found in tasks.values()):
+                raise ValueError(f"it was fitted on other features than these {len(FEATURES)}")
+            return cls(tasks)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path} is no acoustic judge: {error}.", "Train one with `editx eval fit-judge`.",
                             "judge_not_found") from error  # fmt: skip

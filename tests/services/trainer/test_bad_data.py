@@ -14,6 +14,7 @@ import soundfile
 from services.trainer.data.manifest import Dataset
 from services.trainer.data.margin import MarginScorer
 from services.trainer.data.specs import build_spec
+from services.trainer.evaluate.acoustic import PAIR_FEATURES, AcousticJudge, Classifier
 from shared.errors import UserError
 from tests.services.trainer.conftest import make_row
 from tests.services.trainer.test_data import RATE, Voice, tokenize, tone
@@ -138,9 +139,20 @@ def test_bad_candidates_and_ratings_of_nobody_are_named(folder: Path) -> None:
     assert "no candidate" in found[0, "ghost"]
 
 
+def test_scorers_of_other_features_say_so(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    scorer = MarginScorer.fit(rng.normal(size=(40, 3)), ["emotion happy"] * 40, np.full(40, 3.0))
+    with pytest.raises(UserError, match="knows 3 features, the pair has 15"):
+        scorer.score(np.zeros(15), "emotion happy")
+    judge = AcousticJudge({"emotion": Classifier.fit(rng.normal(size=(8, 3)), ["happy", "sad"] * 4)})
+    judge.save(folder / "judge.json")
+    with pytest.raises(UserError, match="other features"):
+        AcousticJudge.load(folder / "judge.json")
+
+
 def test_triplets_under_the_threshold_are_listed(folder: Path) -> None:
     rng = np.random.default_rng(0)
-    MarginScorer.fit(rng.normal(size=(40, 12)), ["emotion happy"] * 40, np.full(40, 3.0)).save(folder / "margin.json")
+    MarginScorer.fit(rng.normal(size=(40, len(PAIR_FEATURES))), ["emotion happy"] * 40, np.full(40, 3.0)).save(folder / "margin.json")
     write(folder / "texts.jsonl", [{"text": "a happy one", "language": "en", "manner": "emotion/happy"}])
     with pytest.raises(UserError, match="the first because its margin 3"):
         build("triplets", folder, "skip", texts="texts.jsonl", speakers={"en": ["ann"]}, count=1,
