@@ -152,7 +152,8 @@ def test_scorers_of_other_features_say_so(folder: Path) -> None:
 
 def test_triplets_under_the_threshold_are_listed(folder: Path) -> None:
     rng = np.random.default_rng(0)
-    MarginScorer.fit(rng.normal(size=(40, len(PAIR_FEATURES))), ["emotion happy"] * 40, np.full(40, 3.0)).save(folder / "margin.json")
+    pairs = rng.normal(size=(40, len(PAIR_FEATURES)))
+    MarginScorer.fit(pairs, ["emotion happy"] * 40, np.full(40, 3.0)).save(folder / "margin.json")
     write(folder / "texts.jsonl", [{"text": "a happy one", "language": "en", "manner": "emotion/happy"}])
     with pytest.raises(UserError, match="the first because its margin 3"):
         build("triplets", folder, "skip", texts="texts.jsonl", speakers={"en": ["ann"]}, count=1,
