@@ -55,12 +55,18 @@ down: $(READY)  ## stop it
 chaos: $(READY) $(SERVERS)  ## faults under load, then check that nothing was lost: ROUNDS=5
 	$(PYTHON) -m editx.stack.chaos --rounds $(ROUNDS)
 
+# torchaudio comes with some judges, which never call it; it needs CUDA's libraries and without them breaks peft.
+define INSTALL_TRAIN
+$(PYTHON) -m pip install --quiet --constraint constraints/dev.txt --editable ".[$(EXTRAS),train]"
+$(PYTHON) -m pip uninstall --quiet --yes torchaudio
+endef
+
 nano: $(READY)  ## train the bundled checkpoint again
-	$(PYTHON) -m pip install --quiet --constraint constraints/dev.txt --editable ".[$(EXTRAS),train]"
+	$(INSTALL_TRAIN)
 	$(PYTHON) -m services.trainer.recipes.nano
 
 post-train: $(READY)  ## post-train the bundled checkpoint: data, SFT, reward model, PPO, benchmark
-	$(PYTHON) -m pip install --quiet --constraint constraints/dev.txt --editable ".[$(EXTRAS),train]"
+	$(INSTALL_TRAIN)
 	$(VENV)/bin/editx train post --work out/post_train --form cpu
 
 clean:  ## remove results and caches, keep .venv
