@@ -10,17 +10,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 
 from services.trainer.data.margin import MarginScorer
 from services.trainer.data.preferences import Rating, Weights, composite
 from services.trainer.data.rows import Row
-from services.trainer.evaluate.acoustic import AcousticJudge, Classifier, Vector, features, pair_features
+from services.trainer.evaluate.acoustic import (
+    AcousticJudge,
+    Audio,
+    Classifier,
+    Vector,
+    change,
+    features,
+    pair_features,
+)
 from services.trainer.evaluate.runner import at_16k
 from services.trainer.evaluate.system import PortSystem
 from services.trainer.recipes.post_train.material import NEUTRAL, Item, Material, Part
 from services.trainer.recipes.post_train.workplace import Workplace
+from shared.artifacts import Tokenized
 from shared.codes import Codes
 from shared.errors import EditxError, UserError
 
@@ -37,21 +47,25 @@ def fit_judge(
     """A judge from up to `count` clear recordings of a part; accuracy per task on a fifth that was held back."""
     tasks = {}
     report = {}
+
+    @cache
+    def neutral(source: Item) -> tuple[Tokenized, Audio]:
+        """What decoding in a voice needs, and the neutral recording of it decoded."""
+        voice = system.tokenize(source.audio())
+        return voice, at_16k(system.decode(source.mixed, voice))
+
     for task in TASKS:
         clear = [pair for pair in material.pairs(part, (task,)) if pair[1].strength >= CLEAR]
         chosen = clear[: count // len(TASKS)]
-        plain = [(neutral, neutral) for neutral in {pair[0].id: pair[0] for pair in chosen}.values()]
+        plain = [(source, source) for source in {pair[0].id: pair[0] for pair in chosen}.values()]
         pairs = [*chosen, *plain[: max(2, len(chosen) // 4)]]
 
         def moved(pair: tuple[Item, Item]) -> Vector | None:
             source, target = pair
             try:
-                voice = system.tokenize(source.audio())
-                before, after = (
-                    features(at_16k(system.decode(item.mixed, voice, seed=seed)), item.text)
-                    for seed, item in enumerate(pair)
-                )
-                return np.asarray(after - before)
+                voice, before = neutral(source)
+                after = at_16k(system.decode(target.mixed, voice, seed=1))
+                return change(before, after, (source.text, target.text))
             except UserError as error:
                 log.warning("recording %s teaches no judge: %s", target.id, error)
                 return None
