@@ -115,11 +115,11 @@ def write_tokenizers(root: Path) -> None:
     export_semantic_onnx(encoder.eval(), folder / "speech_tokenizer_v1.onnx")
 
 
-def copy_tokenizers(released: Path, root: Path) -> dict[str, int]:
+def copy_tokenizers(released: Checkpoint, root: Path) -> dict[str, int]:
     """The same from a released checkpoint; the steps that they were trained for."""
-    shutil.copytree(released / TOKENIZER_FOLDER, root / TOKENIZER_FOLDER, dirs_exist_ok=True)
-    shutil.copy(released / SPEAKER_FILE, root / SPEAKER_FILE)
-    steps = json.loads((released / "editx.json").read_text())["steps"]
+    shutil.copytree(released.root / TOKENIZER_FOLDER, root / TOKENIZER_FOLDER, dirs_exist_ok=True)
+    shutil.copy(released.speaker_onnx, root / SPEAKER_FILE)
+    steps = json.loads((released.root / "editx.json").read_text())["steps"]
     return {name: steps[name] for name in TOKENIZERS}
 
 
@@ -144,7 +144,7 @@ def main() -> None:
     if arguments.tokenizers is None:
         write_tokenizers(root)
     else:
-        steps |= copy_tokenizers(Checkpoint.resolve(arguments.tokenizers).root, root)
+        steps |= copy_tokenizers(Checkpoint.resolve(arguments.tokenizers), root)
     document = {
         "name": "nano",
         "version": VERSION,
