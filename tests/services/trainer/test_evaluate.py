@@ -85,6 +85,21 @@ def test_every_iteration_edits_the_one_before(bench: Path, tmp_path: Path) -> No
     assert (tmp_path / "out" / lines[0]["iterations"][2]["audio"]).exists()
 
 
+def test_an_edit_is_judged_beside_the_clone_that_it_changes(bench: Path, tmp_path: Path) -> None:
+    class Listener(PitchJudge):
+        def ask(self, question, wav, source_wav) -> Verdict:
+            heard.append((question.source_text, source_wav))
+            return super().ask(question, wav, source_wav)
+
+    heard: list[tuple[str, bytes]] = []
+    (first, _), *_ = cases = read_cases(bench)[:1]
+    lines = run(cases, System(), Listener(), tmp_path / "out", Setup(iterations=2))
+    clone = (tmp_path / "out" / lines[0]["iterations"][0]["audio"]).read_bytes()
+    assert [text for text, _ in heard] == [first.prompt_text, first.gen_text, first.gen_text]
+    assert heard[0][1] != clone
+    assert [wav for _, wav in heard[1:]] == [clone, clone]
+
+
 def test_a_run_goes_on_where_it_stopped_and_tries_failures_again(bench: Path, tmp_path: Path) -> None:
     class Flaky(System):
         def clone(self, reference, reference_text, text, seed):
