@@ -127,9 +127,9 @@ class Phonemes:
         return " ".join(self._english.phonemize(text))
 
 
-def render(worker: int, workers: int, folder: Path, hours: float) -> None:
-    """Render this worker's rows until the worker's share of the hours is done; rows already in its manifest are
-    skipped."""
+def render(worker: int, workers: int, folder: Path, hours: float, first_group: int) -> None:
+    """Render this worker's rows from `first_group` on until the worker's share of the hours is done; rows already in
+    its manifest are skipped."""
     found = assets.prepare()
     speaker = teacher.open_teacher(found)
     phonemes = Phonemes()
@@ -140,7 +140,7 @@ def render(worker: int, workers: int, folder: Path, hours: float) -> None:
         for row in plan(found):
             if seconds >= hours * 3600 / workers:
                 return
-            if row.index <= last or row.group % workers != worker:
+            if row.index <= last or row.group < first_group or row.group % workers != worker:
                 continue
             try:
                 spoken = speaker.say(phonemes(row.text, row.language), row.voice, teacher.MANNERS[row.manner])
@@ -165,13 +165,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--hours", type=float, default=3.0)
+    parser.add_argument(
+        "--first-group", type=int, default=0, help="start here: sentences that the released weights have not seen"
+    )
     arguments = parser.parse_args()
     folder = assets.data_dir() / "corpus"
     folder.mkdir(parents=True, exist_ok=True)
     assets.prepare()
     processes = [
         multiprocessing.get_context("spawn").Process(
-            target=render, args=(worker, arguments.workers, folder, arguments.hours)
+            target=render, args=(worker, arguments.workers, folder, arguments.hours, arguments.first_group)
         )
         for worker in range(arguments.workers)
     ]

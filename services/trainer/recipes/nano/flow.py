@@ -3,7 +3,8 @@ services.trainer.recipes.nano.flow`.
 
 The encoder's rough mel is trained by regression beside the flow matching (as in Grad-TTS, arXiv 2105.06337), which
 at this size is what makes it converge in hours of CPU; the code embeddings start from the tokenizers' own
-centroids. Needs `codes`.
+centroids. Half of the excerpts are the cheap readings of `mels`. Some codes of the input are other ones, as those of
+voices that the tokenizers never heard will be. Needs `codes` and `mels`.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from services.trainer.recipes.nano import linguistic, semantic
-from services.trainer.recipes.nano.codes import Coded
-from services.trainer.recipes.nano.run import Run, cosine, count_parameters, pick_device, set_lr
+from services.trainer.recipes.nano import linguistic, mels, semantic
+from services.trainer.recipes.nano.codes import Coded, Item
+from services.trainer.recipes.nano.run import Optimizer, Run, cosine, count_parameters, pick_device, set_lr
 from shared.audio.features import prompt_mel
-from shared.codes import interleave, time_align
+from shared.codes import LINGUISTIC_PAD, LINGUISTIC_SIZE, SEMANTIC_SIZE, interleave, time_align
 from shared.models.flow import Flow, FlowConfig
 from shared.models.flow.cfm import FlowTraining
 
@@ -56,6 +57,10 @@ class FlowRecipe:
     final_lr: float = 5e-5
     average: float = 0.998
     """Of the exponential average of the weights, which is what the checkpoint gets."""
+    cheap: float = 0.5
+    """Share of the excerpts by virtual speakers of `mels`."""
+    replaced: float = 0.05
+    """Share of the tokens that are others of their kind."""
 
 
 CPU = FlowRecipe(steps=4000, batch=12, groups=20)
@@ -93,8 +98,8 @@ def start_embedding(flow: Flow) -> None:
 class Batches:
     """Excerpts on the grid of groups: token pairs, mel, speaker vector."""
 
-    def __init__(self, coded: Coded, recipe: FlowRecipe) -> None:
-        self.coded, self.recipe = coded, recipe
+    def __init__(self, coded: Coded, cheap: list[Item], recipe: FlowRecipe) -> None:
+        self.coded, self.cheap, self.recipe = coded, cheap, recipe
         self._mels: dict[int, np.ndarray] = {}
 
     def mel(self, i: int) -> np.ndarray:
@@ -103,6 +108,21 @@ class Batches:
             self._mels[i] = prompt_mel(torch.from_numpy(self.coded.store.audio(i))).numpy().astype(np.float16)
         return self._mels[i]
 
+    def _item(self, rng: np.random.Generator) -> tuple[Item, np.ndarray]:
+        """A reading and its mel (frames, 80)."""
+        if self.cheap and rng.random() < self.recipe.cheap:
+            item = self.cheap[int(rng.integers(len(self.cheap)))]
+            return item, item["mel"]
+        item = self.coded.items[int(rng.integers(len(self.coded)))]
+        return item, self.mel(item["i"])
+
+    def _others(self, pairs: Tensor, rng: np.random.Generator) -> Tensor:
+        """The pairs (T, 2) with a share of their codes replaced by codes of the same kind."""
+        linguistic = rng.integers(LINGUISTIC_SIZE, size=len(pairs))
+        semantic = LINGUISTIC_PAD + 1 + rng.integers(SEMANTIC_SIZE, size=len(pairs))
+        chosen = torch.from_numpy(rng.random(pairs.shape) < self.recipe.replaced) & (pairs != LINGUISTIC_PAD)
+        return torch.where(chosen, torch.from_numpy(np.stack([linguistic, semantic], 1)), pairs)
+
     def draw(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Pairs (B, 3G, 2), their lengths, mel (B, 6G, 80), its lengths, speaker (B, 192)."""
         recipe = self.recipe
@@ -110,9 +130,8 @@ class Batches:
         mels = torch.zeros(recipe.batch, 6 * recipe.groups, 80)
         lengths, mel_lengths, speakers = [], [], []
         for b in range(recipe.batch):
-            item = self.coded.items[int(rng.integers(len(self.coded)))]
-            aligned = time_align(torch.from_numpy(interleave(*item["clean"]).astype(np.int64)))
-            mel = self.mel(item["i"])
+            item, mel = self._item(rng)
+            aligned = self._others(time_align(torch.from_numpy(interleave(*item["clean"]).astype(np.int64))), rng)
             groups = min(len(aligned) // 3, len(mel) // 6)
             first = int(rng.integers(max(1, groups - recipe.groups + 1)))
             taken = min(groups - first, recipe.groups)
@@ -141,8 +160,12 @@ def main() -> None:
     optimizer = torch.optim.AdamW(flow.parameters(), recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
     parts = {"model": flow, "average": average, "optimizer": optimizer}
     run = Run("flow", parts, arguments.steps or recipe.steps, arguments.minutes)
-    batches = Batches(Coded(), recipe)
-    print(f"flow: {count_parameters(flow):.2f} M parameters, {len(batches.coded)} rows on {device}", flush=True)
+    batches = Batches(Coded(), list(mels.items()), recipe)
+    print(
+        f"flow: {count_parameters(flow):.2f} M parameters, {len(batches.coded)} rows of the corpus and "
+        f"{len(batches.cheap)} cheap ones on {device}",
+        flush=True,
+    )
     while run.going:
         pairs, lengths, mel, mel_lengths, speaker = (x.to(device) for x in batches.draw(run.rng()))
         set_lr(optimizer, cosine(run.step, run.steps, recipe.lr, recipe.final_lr, warmup=200))
