@@ -1,8 +1,8 @@
 """Preferences: candidates for a prompt, what people or judges say of them, and the pairs that are clear enough.
 
 The margins are those of arXiv 2511.03601: ratings of people from 1 to 5 with a difference above 3, ratings of judges
-from 1 to 10 with a difference above 8. A composite score weighs correctness, prosody, naturalness and margin, so that
-a bigger change alone never wins.
+from 1 to 10 with a difference above 8. A composite score weighs correctness, prosody, naturalness, margin and words, so
+that a bigger change alone never wins.
 """
 
 from __future__ import annotations
@@ -45,36 +45,40 @@ class Rating(BaseModel):
     prosody: float | None = Field(default=None, ge=1, le=10)
     naturalness: float | None = Field(default=None, ge=1, le=10)
     margin: float | None = Field(default=None, ge=1, le=10)
+    words: float | None = Field(default=None, ge=1, le=10)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """How much each part of a rating counts. Correctness gates: the whole is never above it by more than `lead`.
+    """How much each part of a rating counts. Correctness and words gate: the whole is never above either by more than
+    `lead`.
 
-    Without the gate a candidate could win by being louder or slower than asked while saying the wrong words.
+    Without the gates a candidate could win by being louder or slower than asked while saying the wrong words.
     """
 
     correctness: float = 0.5
     prosody: float = 0.2
     naturalness: float = 0.2
     margin: float = 0.1
+    words: float = 0.2
     lead: float = 1.0
 
     def __post_init__(self) -> None:
-        parts = (self.correctness, self.prosody, self.naturalness, self.margin)
+        parts = (self.correctness, self.prosody, self.naturalness, self.margin, self.words)
         if min(parts) < 0 or sum(parts) <= 0:
             raise UserError("Weights of a composite score must not be negative, and one must be positive.",
                             code="invalid_training")  # fmt: skip
 
 
 def composite(rating: Rating, weights: Weights) -> float:
-    """The weighted mean of the parts that were rated, gated by correctness."""
+    """The weighted mean of the parts that were rated, gated by correctness and, where rated, by words."""
     given = {"correctness": rating.correctness, "prosody": rating.prosody, "naturalness": rating.naturalness,
-             "margin": rating.margin}  # fmt: skip
+             "margin": rating.margin, "words": rating.words}  # fmt: skip
     parts = [(getattr(weights, name), value) for name, value in given.items() if value is not None]
     total = sum(weight for weight, _ in parts)
     mean = sum(weight * value for weight, value in parts) / total if total else rating.correctness
-    return min(mean, rating.correctness + weights.lead)
+    gates = [rating.correctness, *([] if rating.words is None else [rating.words])]
+    return min(mean, min(gates) + weights.lead)
 
 
 def read_ratings(path: Path) -> list[Rating]:
@@ -132,11 +136,12 @@ def make_pairs(
             worse, better = ranked[number], ranked[-1 - number]
             gap = scores[better.id] - scores[worse.id]
             if gap > margin:
-                rows.append(_pair(prompts[prompt], better, worse, gap, rated_by))
+                rows.append(pair_of(prompts[prompt], better, worse, gap, rated_by))
     return rows
 
 
-def _pair(prompt: Row, better: Candidate, worse: Candidate, gap: float, rated_by: str) -> Row:
+def pair_of(prompt: Row, better: Candidate, worse: Candidate, gap: float, rated_by: str) -> Row:
+    """A prompt's row with a chosen and a rejected answer, `gap` apart."""
     text = prompt.target.text
     chosen, rejected = (Side(text=text, mixed=one.mixed, audio=one.audio) for one in (better, worse))
     update = {"id": f"{better.id}--{worse.id}", "target": chosen, "rejected": rejected, "margin": gap,

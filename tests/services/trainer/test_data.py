@@ -156,6 +156,8 @@ def test_a_bigger_change_alone_never_wins() -> None:
     assert composite(wrong_but_large, Weights(margin=5.0)) == 3.0  # correctness + lead
     assert composite(right, Weights()) == pytest.approx(4.0)
     assert composite(Rating(candidate="c", rater="r", correctness=3), Weights()) == 3
+    mumbled = Rating(candidate="d", rater="r", correctness=9, naturalness=9, words=2)
+    assert composite(mumbled, Weights()) == 3.0  # words + lead
 
 
 def test_pairs_need_more_than_the_margin() -> None:

@@ -90,6 +90,24 @@ def test_all_stages_run_and_leave_checkpoints_that_verify(post: PostTrain) -> No
     assert (post.root / "runs" / "ppo" / "curves.png").exists()
 
 
+def test_the_reward_model_also_learns_from_relabelled_answers_and_from_readings(post: PostTrain) -> None:
+    post.run()
+    found = post.work.summary("reward")
+    assert found["relabelled"] == found["contrasts"] == 4
+    for row in post.work.dataset("preferences_relabelled").rows:
+        assert row.rejected is not None
+        assert row.target.mixed.tolist() != row.rejected.mixed.tolist()
+    material = post._material()
+    readings = {item.id: item for item in material.training}
+    other, spliced = material.contrasts(2, seed=1)
+    assert other.rejected.mixed.tolist() in [item.mixed.tolist() for item in readings.values()]
+    kept = other.target.mixed.tolist()
+    assert kept in [item.mixed.tolist() for item in readings.values() if str(other.edit.detail) in item.manner]
+    same = spliced.target.mixed == spliced.rejected.mixed
+    assert 0.4 < same.mean() < 1.0
+    split(spliced.rejected.mixed)  # the order of the groups is kept
+
+
 def test_stages_that_are_done_are_not_done_again(post: PostTrain) -> None:
     post.run()
     before = (post.root / "checkpoints" / "ppo" / "editx.json").stat().st_mtime_ns

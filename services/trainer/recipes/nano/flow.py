@@ -157,8 +157,8 @@ def main() -> None:
     start_embedding(flow)
     flow.to(device)
     average = torch.optim.swa_utils.AveragedModel(flow, multi_avg_fn=averaging(recipe.average))
-    optimizer = torch.optim.AdamW(flow.parameters(), recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    parts = {"model": flow, "average": average, "optimizer": optimizer}
+    optimizer = Optimizer(flow, recipe.lr, outside=("embedding",))
+    parts = {"model": flow, "average": average, "optimizers": optimizer}
     run = Run("flow", parts, arguments.steps or recipe.steps, arguments.minutes)
     batches = Batches(Coded(), list(mels.items()), recipe)
     print(

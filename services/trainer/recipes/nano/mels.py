@@ -1,7 +1,7 @@
 """Mels of the cheap readings, for the flow: hours at a hundredth of the teacher's price.
 
-`python -m services.trainer.recipes.nano.mels --hours 8` says the sentences of `plain` again, which has their codes,
-and keeps mel and speaker vector beside each shard. Needs `plain`.
+`python -m services.trainer.recipes.nano.mels --hours 10` says the sentences of `plain` again, which has their codes,
+and keeps mel and speaker vector of each shard. Needs `plain`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from shared.audio.features import prompt_mel
 
 def items() -> Iterator[Item]:
     """The readings that have a mel: those of `plain` with "mel" (frames, 80) float16 and "speaker" (192,)."""
-    folder = assets.data_dir() / "plain"
-    for file in sorted(folder.glob("mels-?????.npz")):
+    for file in sorted((assets.data_dir() / "mels").glob("shard-?????.npz")):
         data = dict(np.load(file))
         mels = np.split(data["mel"], np.cumsum(data["lengths"])[:-1])
-        shard = load_items(folder / file.name.replace("mels", "shard"))
+        shard = load_items(assets.data_dir() / "plain" / file.name)
         for item, mel, speaker in zip(shard, mels, data["speaker"], strict=True):
             yield item | {"mel": mel, "speaker": speaker}
 
@@ -54,16 +53,17 @@ def write(shard: Path, target: Path, source: SourceFilter, voice: Callable[[np.n
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--hours", type=float, default=8.0)
+    parser.add_argument("--hours", type=float, default=10.0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--checkpoint", help="speaker vectors by its tokenizers, not by those of the runs")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    folder = assets.data_dir() / "plain"
+    folder = assets.data_dir() / "mels"
+    folder.mkdir(parents=True, exist_ok=True)
     source, tokenizers = volume.open_source_filter(), open_tokenizers(arguments.checkpoint, arguments.threads)
     hours = 0.0
-    for shard in sorted(folder.glob("shard-?????.npz")):
-        target = folder / shard.name.replace("shard", "mels")
+    for shard in sorted((assets.data_dir() / "plain").glob("shard-?????.npz")):
+        target = folder / shard.name
         if target.exists():
             hours += float(np.load(target)["lengths"].sum()) / 50 / 3600
         elif hours < arguments.hours:

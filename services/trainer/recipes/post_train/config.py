@@ -24,8 +24,10 @@ class PostTrainConfig:
     vad edits and `sounds` paralinguistic ones per SFT set (the large-margin and the unfiltered set have the same size
     and differ in the pairs only); `judge_pairs` recordings to fit each of the two judges; `prompts` for preferences and
     PPO, `held_out` for the reward model's test, `candidates` answers to each; pairs of candidates whose ratings differ
-    by more than `judge_margin`, the `hardest_share` of prompts for PPO; `cases` of the benchmark, each done with
-    `seeds` seeds; words, voice and naturalness are measured for the first `measured_seeds` of them.
+    by more than `judge_margin`, and beside them for the reward model `relabelled` pairs of the same candidates, rated
+    for labels that nobody asked for (`listening`), and `contrasts` pairs of recordings (`Material.contrasts`), of which
+    the paper has neither; the `hardest_share` of prompts for PPO; `cases` of the benchmark, each done with `seeds`
+    seeds; words, voice and naturalness are measured for the first `measured_seeds` of them.
     """
 
     record: RecordConfig = field(default_factory=RecordConfig)
@@ -37,6 +39,8 @@ class PostTrainConfig:
     prompts: int = 240
     held_out: int = 60
     candidates: int = CANDIDATES_PER_PROMPT
+    relabelled: int = 0
+    contrasts: int = 0
     judge_margin: float = JUDGE_MARGIN
     pairs_per_prompt: int = 6
     hardest_share: float = 0.5
@@ -79,21 +83,24 @@ def cpu() -> PostTrainConfig:
     """The small checkpoint on two cores, in about two hours (docs/training.md has the budget, stage by stage).
 
     Its answers to a prompt are rated 3.6 apart at the median (best to worst, by the acoustic judge), so pairs that are
-    8 apart, as the paper's, do not exist: 2 is asked here. So few pairs need several epochs.
+    8 apart, as the paper's, do not exist: 2 is asked here. So few pairs are learned by heart: the same
+    answers relabelled, and the teachers' readings, stand beside them.
     """
     big = gpu()
     ppo = replace(big.ppo, steps=70, critic_warmup=10, prompts_per_step=8, minibatch=16, micro=8,
                   loop=replace(big.ppo.loop, device="cpu", save_every=5, precision="bf16"))  # fmt: skip
     sft = replace(big.sft, epochs=2, row_tokens=2048, rows_per_batch=1,
-                  loop=replace(big.sft.loop, device="cpu", save_every=20, precision="bf16"))  # fmt: skip
-    reward = replace(big.reward, epochs=6, pairs_per_batch=8,
+                  loop=replace(big.sft.loop, lr=3e-5, final_lr=3e-6, device="cpu", save_every=20,
+                               precision="bf16"))  # fmt: skip
+    reward = replace(big.reward, epochs=1, pairs_per_batch=8,
                      loop=replace(big.reward.loop, lr=3e-4, final_lr=3e-5, device="cpu", save_every=20,
                                   precision="bf16"))  # fmt: skip
     return replace(
         big, device="cpu", workers=2, slots=16,
         record=RecordConfig(groups=1000, benchmark_groups=40, teacher_share=0.08),
-        pairs=600, clones=200, rehearsal=200, sounds=120, judge_pairs=500, prompts=80, held_out=30,
-        candidates=12, judge_margin=2.0, pairs_per_prompt=12, cases=42, seeds=2, sft=sft, reward=reward, ppo=ppo,
+        pairs=600, clones=200, rehearsal=200, sounds=120, judge_pairs=500, prompts=200, held_out=40,
+        candidates=12, relabelled=4000, contrasts=1000, judge_margin=2.0, pairs_per_prompt=12, cases=42, seeds=2,
+        sft=sft, reward=reward, ppo=ppo,
     )  # fmt: skip
 
 
@@ -106,8 +113,8 @@ def tiny() -> PostTrainConfig:
     return PostTrainConfig(
         record=RecordConfig(groups=20, benchmark_groups=3, manners=5, weakest=0.7, shard_groups=8),
         pairs=4, clones=2, rehearsal=2, sounds=2, judge_pairs=16, prompts=3, held_out=2, candidates=3,
-        judge_margin=-1.0, pairs_per_prompt=1, hardest_share=0.7, cases=2, seeds=2, iterations=1, decode_steps=1,
-        workers=1, slots=4,
+        relabelled=4, contrasts=4, judge_margin=-1.0, pairs_per_prompt=1, hardest_share=0.7, cases=2, seeds=2,
+        iterations=1, decode_steps=1, workers=1, slots=4,
         sft=SftConfig(row_tokens=2048, rows_per_batch=1, loop=_loop(1e-3, 1e-4, "cpu", log_every=1)),
         reward=RewardConfig(pairs_per_batch=2, loop=_loop(1e-3, 1e-4, "cpu", log_every=1)), ppo=ppo,
     )  # fmt: skip

@@ -16,11 +16,13 @@ import numpy as np
 from services.trainer.data.manifest import Dataset, Refused, collect
 from services.trainer.data.rows import Row, Side
 from shared.audio.io import Waveform
-from shared.codes import Codes
+from shared.codes import GROUP, Codes
 from shared.schemas.edit import Edit
 
 Part = Literal["judge_a", "judge_b", "held_out", "prompts", "sft"]
 NEUTRAL = "neutral"
+CLEAR = 0.6
+"""Weaker readings do not tell a judge or a reward model what their label sounds like; margins are learned from all."""
 _TENTHS: dict[int, Part] = {0: "judge_a", 1: "judge_b", 2: "held_out", 3: "prompts"}
 
 
@@ -102,6 +104,28 @@ class Material:
         order = np.random.default_rng((seed, 7)).permutation(len(made))[:count]
         return [made[k] for k in order]
 
+    def contrasts(self, count: int, seed: int) -> list[Row]:
+        """Preferences that need no judge, in turn: the reading that the edit asks for against one in another manner,
+        and against itself with a stretch of another recording in it."""
+        groups: dict[int, list[Item]] = defaultdict(list)
+        for item in self.part("sft"):
+            groups[item.group].append(item)
+        pairs = [(s, t) for s, t in self.pairs("sft", ("emotion", "style")) if t.strength >= CLEAR]
+        everything, rng = self.part("sft"), np.random.default_rng((seed, 8))
+        made = []
+        for number, place in enumerate(rng.permutation(len(pairs))[:count]):
+            source, target = pairs[place]
+            others = [item for item in groups[target.group] if item.manner != target.manner]
+            if number % 2:
+                rejected = _spliced(target.mixed, everything[int(rng.integers(len(everything)))].mixed, rng)
+            else:
+                rejected = others[int(rng.integers(len(others)))].mixed
+            row = self.row(source, target, edit_towards(target.manner))
+            update = {"id": f"{row.id}-contrast", "rejected": Side(text=target.text, mixed=rejected),
+                      "rated_by": "the teacher"}  # fmt: skip
+            made.append(row.model_copy(update=update))
+        return made
+
     def clones(self, count: int, seed: int) -> Dataset:
         """Neutral clones: reference and answer are two texts of one voice."""
         voices: dict[str, list[Item]] = defaultdict(list)
@@ -120,6 +144,16 @@ class Material:
             return made
 
         return collect("clones", rows(), on_bad="skip")
+
+
+def _spliced(mixed: Codes, other: Codes, rng: np.random.Generator) -> Codes:
+    """The codes with a quarter to a half of their groups taken from another recording."""
+    groups = len(mixed) // GROUP
+    length = min(max(1, int(groups * rng.uniform(0.25, 0.5))), len(other) // GROUP)
+    into, start = int(rng.integers(groups - length + 1)), int(rng.integers(len(other) // GROUP - length + 1))
+    made = np.array(mixed)
+    made[into * GROUP : (into + length) * GROUP] = np.asarray(other)[start * GROUP : (start + length) * GROUP]
+    return made
 
 
 def part_of(group: int) -> Part:

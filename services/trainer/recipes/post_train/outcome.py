@@ -89,7 +89,8 @@ def _reward(found: dict[str, Any]) -> str:
         share, error = 100 * held["accuracy"], 100 * held["standard_error"]
         right = f"{share:.1f} % (standard error {error:.1f}) of {held['pairs']} held-out pairs"
     gain = f"{best['gain']:.2f} [{best['low']:.2f}, {best['high']:.2f}]"
-    return f"right on {right}; best of 8 {best['picked']:.2f} against {best['random']:.2f} at random, gain {gain}"
+    more = f"{found['train_pairs']} pairs, {found['relabelled']} relabelled, {found['contrasts']} contrasts; "
+    return f"{more}right on {right}; best of 8 {best['picked']:.2f} against {best['random']:.2f} at random, gain {gain}"
 
 
 def _ppo(found: dict[str, Any]) -> str:

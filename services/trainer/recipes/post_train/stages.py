@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from services.trainer.core.sampling import Vocabulary, bounds_for, draw
 from services.trainer.data.checks import HeldOut, check_leaks, statistics
 from services.trainer.data.manifest import collect
 from services.trainer.data.margin import MarginScorer, Thresholds, keep_large_margins
-from services.trainer.data.preferences import Candidate, Weights, make_pairs
+from services.trainer.data.preferences import Candidate, make_pairs
 from services.trainer.data.rows import Row
 from services.trainer.evaluate.acoustic import AcousticJudge, pair_features
 from services.trainer.evaluate.benchmark import read_cases
@@ -39,11 +39,20 @@ from services.trainer.evaluate.runner import (
     read_results,
     run,
 )
+from services.trainer.evaluate.same_words import SameWords, Table, code_distances
 from services.trainer.evaluate.system import PortSystem
 from services.trainer.ppo.rollouts import LocalRollouts, LocalScorer
 from services.trainer.ppo.trainer import PpoTrainer, as_critic, hardest, prompts_of
 from services.trainer.recipes.post_train.config import PostTrainConfig
-from services.trainer.recipes.post_train.listening import TASKS, fit_judge, fit_margins, rate
+from services.trainer.recipes.post_train.listening import (
+    TASKS,
+    Ears,
+    Heard,
+    fit_judge,
+    fit_margins,
+    fit_words,
+    relabelled,
+)
 from services.trainer.recipes.post_train.material import Item, Material, edit_towards
 from services.trainer.recipes.post_train.outcome import write_benchmark, write_outcome
 from services.trainer.recipes.post_train.readers import Reader
@@ -54,6 +63,7 @@ from services.trainer.sft.trainer import SftTrainer
 from shared.checkpoints.layout import Checkpoint
 from shared.checkpoints.reward import load_reward
 from shared.checkpoints.step1 import load_step1, load_text_tokenizer
+from shared.checkpoints.tokenizer import load_linguistic
 from shared.codes import Codes
 from shared.errors import UserError
 from shared.inference.port import Inference
@@ -67,6 +77,7 @@ Serve = Callable[[Path, str], Inference]
 
 SETS = ("unfiltered", "large_margin")
 SYSTEMS = ("base", "sft_unfiltered", "sft_large_margin", "ppo")
+WORDS = "words.json"
 BEST_OF = 8
 ROWS_PER_PIECE = 4
 STEPS = (("sft_unfiltered", "sft_large_margin"), ("sft_large_margin", "ppo"))
@@ -131,6 +142,10 @@ class PostTrain:
         for name in ("judge_a", "judge_b"):
             report[name] = self.work.once(f"{name}_accuracy.json", partial(self._fit_judge, name, material, system))
         fit_margins(material, self._judge("judge_a"), self.config.judge_pairs).save(self.root / "margin.json")
+        try:
+            fit_words(material, self._code_distances, self.config.judge_pairs).save(self.root / WORDS)
+        except UserError as error:
+            log.warning("answers will be rated without their words: %s", error)
         return report
 
     def _fit_judge(self, name: Any, material: Material, system: PortSystem) -> dict[str, Any]:
@@ -189,17 +204,24 @@ class PostTrain:
     def preferences(self) -> dict[str, Any]:
         """Candidates by the SFT model, made audible and rated; pairs for training and for the reward model's test."""
         c = self.config
-        judges = [self._judge(name) for name in ("judge_a", "judge_b")]
+        ears = self._ears("judge_a", "judge_b")
         checkpoint = self.work.checkpoint("sft_large_margin")
         model, system = self._model(Checkpoint(checkpoint)), self._system(checkpoint)
         summary: dict[str, Any] = {}
         for name in ("prompts", "held_out"):
             rows = self.work.dataset(name).rows
-            lines = self._candidates(name, rows, model, system, judges)
+            lines = self._candidates(name, rows, model, system, ears)
             candidates = [Candidate(**{k: line[k] for k in ("id", "prompt", "mixed")}) for line in lines]
             scores = {line["id"]: line["judge_a"] for line in lines}
-            pairs = make_pairs({row.id: row for row in rows}, candidates, scores, margin=c.judge_margin,
-                               rated_by="acoustic judge a", per_prompt=c.pairs_per_prompt)  # fmt: skip
+            prompts = {row.id: row for row in rows}
+            pairs = make_pairs(prompts, candidates, scores, margin=c.judge_margin, rated_by="acoustic judge a",
+                               per_prompt=c.pairs_per_prompt)  # fmt: skip
+            if name == "prompts":
+                heard = [Heard(**line["heard"]) for line in lines]
+                both = list(zip(candidates, heard, strict=True))
+                more = relabelled(prompts, both, ears, c.judge_margin, c.relabelled, c.seed)
+                self.work.save(collect("preferences_relabelled", more, on_bad="skip"))
+                summary["relabelled"] = len(more)
             self.work.save(collect(f"preferences_{name}", pairs, on_bad="skip"))
             self.work.write_lines(f"candidates_{name}.jsonl", lines)
             summary[name] = {
@@ -210,7 +232,7 @@ class PostTrain:
         return summary
 
     def _candidates(
-        self, name: str, rows: Sequence[Row], model: Step1, system: PortSystem, judges: Sequence[AcousticJudge]
+        self, name: str, rows: Sequence[Row], model: Step1, system: PortSystem, ears: Ears
     ) -> list[dict[str, Any]]:
         """Rated answers to every row, some rows at a time: the pieces that a killed run left are not made again."""
         c, lines = self.config, []
@@ -219,11 +241,12 @@ class PostTrain:
             if not (self.root / piece).exists():
                 asked = [row for row in rows[start : start + ROWS_PER_PIECE] for _ in range(c.candidates)]
                 answers = self._draw(model, asked, seed=(c.seed * 2 + (name == "held_out")) * 100_003 + number)
-                ratings = rate(self.work, asked, answers, judges, system, Weights(), c.workers)
+                found = ears.listen(self.work, asked, answers, system, c.workers)
                 self.work.write_lines(piece, [
                     Candidate(id=f"{row.id}.{k % c.candidates}", prompt=row.id, mixed=mixed).model_dump(mode="json")
-                    | {f"judge_{judge}": rating for judge, rating in zip("ab", found, strict=True)}
-                    for k, (row, mixed, found) in enumerate(zip(asked, answers, ratings, strict=True))
+                    | {f"judge_{judge}": rating for judge, rating in zip("ab", ears.ratings(row, heard), strict=True)}
+                    | {"heard": asdict(heard)}
+                    for k, (row, mixed, heard) in enumerate(zip(asked, answers, found, strict=True))
                 ])  # fmt: skip
             lines += self.work.read_lines(piece)
             if self.observer is not None:
@@ -232,18 +255,22 @@ class PostTrain:
 
     def reward(self) -> dict[str, Any]:
         """Train the reward model from the SFT weights; accuracy on held-out pairs, and best of 8 by the other judge."""
-        base = Checkpoint(self.work.checkpoint("sft_large_margin"))
+        c, base = self.config, Checkpoint(self.work.checkpoint("sft_large_margin"))
         dataset, held_out = self.work.dataset("preferences_prompts"), self.work.dataset("preferences_held_out")
+        readings = self._material().contrasts(c.contrasts, c.seed)
+        more = self.work.dataset("preferences_relabelled").rows
         if not dataset.rows:
             raise UserError("No pair of candidates is as far apart as judge_margin asks.",
                             "Lower judge_margin in the config, or draw more candidates.", "no_preferences")  # fmt: skip
-        trunk = load_step1(base, dtype=torch.float32, device=self.config.device)
-        trainer = RewardTrainer(trunk, self.tokenizer, dataset.rows, self.config.reward, self.work.run("reward"),
+        trunk = load_step1(base, dtype=torch.float32, device=c.device)
+        pairs = [*dataset.rows, *more, *readings]
+        trainer = RewardTrainer(trunk, self.tokenizer, pairs, c.reward, self.work.run("reward"),
                                 data={"preferences": dataset.content_hash}, observer=self.observer)  # fmt: skip
         trainer.train()
         trainer.save(base, self.work.checkpoint("reward"))
         report = trainer.evaluate(held_out.rows, self.tokenizer) if held_out.rows else {}
-        return {"train_pairs": len(dataset.rows), "held_out": report, "best_of": self._best_of(trainer)}
+        return {"train_pairs": len(dataset.rows), "relabelled": len(more), "contrasts": len(readings),
+                "held_out": report, "best_of": self._best_of(trainer)}  # fmt: skip
 
     def ppo(self) -> dict[str, Any]:
         """PPO from the large-margin SFT model on the prompts that were hardest for it."""
@@ -254,11 +281,12 @@ class PostTrain:
             scores.setdefault(line["prompt"], []).append(line["judge_a"])
         hard = hardest(rows, [float(np.mean(scores[row.id])) for row in rows], c.hardest_share)
         watched = list(self.work.dataset("held_out").rows)
-        system, judge = self._system(base.root), self._judge("judge_a")
+        system, ears = self._system(base.root), self._ears("judge_a")
 
         def listen(places: Sequence[int], answers: Sequence[Codes]) -> float:
-            ratings = rate(self.work, [watched[k] for k in places], answers, [judge], system, Weights(), c.workers)
-            return float(np.mean([rating[0] for rating in ratings])) / 10
+            asked = [watched[k] for k in places]
+            found = ears.listen(self.work, asked, answers, system, c.workers)
+            return float(np.mean([ears.ratings(row, heard) for row, heard in zip(asked, found, strict=True)])) / 10
 
         trainer = PpoTrainer(
             self._model(base, torch.float32), as_critic(self._reward()), self._model(base, torch.float32),
@@ -319,6 +347,15 @@ class PostTrain:
 
     def _material(self) -> Material:
         return load(self.root / "recordings")
+
+    @cached_property
+    def _code_distances(self) -> Table:
+        return code_distances(load_linguistic(self.base).centroids.float().cpu().numpy())
+
+    def _ears(self, *judges: str) -> Ears:
+        path = self.root / WORDS
+        words = SameWords.load(path, self._code_distances) if path.exists() else None
+        return Ears([self._judge(name) for name in judges], words)
 
     def _judge(self, name: str) -> AcousticJudge:
         return AcousticJudge.load(self.root / f"{name}.json")

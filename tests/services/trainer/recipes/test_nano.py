@@ -231,3 +231,22 @@ def test_the_tokenizers_of_a_release_give_codes_and_a_voice() -> None:
     linguistic, semantic = tokenizers(voice(1.2)[::3].copy())
     assert (len(linguistic), len(semantic)) == (10, 15)  # of 0.6 s
     assert tokenizers.voice(voice(1.2)).shape == (192,)
+
+
+def test_replaced_codes_of_an_excerpt_keep_their_kind_and_padding_stays() -> None:
+    rng = np.random.default_rng(0)
+    linguistic, semantic = rng.integers(1024, size=20), rng.integers(4096, size=30)
+    mel, speaker = rng.normal(size=(60, 80)).astype(np.float16), rng.normal(size=192).astype(np.float32)
+    cheap = [{"clean": (linguistic, semantic), "mel": mel, "speaker": speaker}]
+    recipe = flow.FlowRecipe(steps=1, batch=3, groups=8, cheap=1.0, replaced=1.0)
+    pairs, lengths, mels, mel_lengths, _ = flow.Batches(None, cheap, recipe).draw(rng)  # type: ignore[arg-type]
+    assert lengths.tolist() == [24] * 3
+    assert mel_lengths.tolist() == [48] * 3
+    assert (pairs[:, 2::3, 0] == 1024).all()
+    spoken = pairs[:, [k for k in range(24) if k % 3 != 2], 0]
+    assert int(spoken.max()) < 1024
+    assert int(pairs[..., 1].min()) >= 1025
+    assert int(pairs[..., 1].max()) < 1025 + 4096
+    kept = flow.Batches(None, cheap, flow.FlowRecipe(steps=1, batch=1, groups=10, cheap=1.0, replaced=0.0))  # type: ignore[arg-type]
+    pairs, *_ = kept.draw(rng)
+    assert (pairs[0, :, 1].numpy() - 1025).tolist() == semantic.tolist()
