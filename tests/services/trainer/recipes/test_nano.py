@@ -239,7 +239,7 @@ def test_replaced_codes_of_an_excerpt_keep_their_kind_and_padding_stays() -> Non
     mel, speaker = rng.normal(size=(60, 80)).astype(np.float16), rng.normal(size=192).astype(np.float32)
     cheap = [{"clean": (linguistic, semantic), "mel": mel, "speaker": speaker}]
     recipe = flow.FlowRecipe(steps=1, batch=3, groups=8, cheap=1.0, replaced=1.0)
-    pairs, lengths, mels, mel_lengths, _ = flow.Batches(None, cheap, recipe).draw(rng)  # type: ignore[arg-type]
+    pairs, lengths, _, mel_lengths, _ = flow.Batches(None, cheap, recipe).draw(rng)  # type: ignore[arg-type]
     assert lengths.tolist() == [24] * 3
     assert mel_lengths.tolist() == [48] * 3
     assert (pairs[:, 2::3, 0] == 1024).all()
