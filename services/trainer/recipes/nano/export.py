@@ -28,7 +28,7 @@ from shared.models.spectral import SpectralConfig, SpectralVocoder
 from shared.models.step1 import Step1
 from shared.prompts import TextTokenizer
 
-VERSION = "0.3.0"
+VERSION = "0.4.0"
 SPEAKER_FILE = Path(EDITX_FOLDER) / DECODER_FOLDER / "campplus.onnx"
 TOKENIZERS = ("linguistic", "semantic", "speaker")
 TEMPERATURE = 0.2
@@ -134,7 +134,11 @@ def main() -> None:
     parser.add_argument("target", type=Path)
     parser.add_argument("--tokenizers", help="a released checkpoint whose tokenizers these runs were trained on")
     arguments = parser.parse_args()
-    root: Path = arguments.target
+    target: Path = arguments.target
+    if target.exists() and not (target / "editx.json").exists():
+        raise SystemExit(f"{target} is there and is no checkpoint: name another folder")
+    root = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(root, ignore_errors=True)
     decoder, tokenizer = root / EDITX_FOLDER / DECODER_FOLDER, root / TOKENIZER_FOLDER
     for folder in (decoder, tokenizer):
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +159,9 @@ def main() -> None:
     }
     (root / "editx.json").write_text(json.dumps(document, indent=2) + "\n")
     write_sums(root)
-    print(f"{root}: {sum(f.stat().st_size for f in root.rglob('*') if f.is_file()) / 1e6:.1f} MB")
+    shutil.rmtree(target, ignore_errors=True)  # never written into: other checkpoints are linked to its files
+    root.rename(target)
+    print(f"{target}: {sum(f.stat().st_size for f in target.rglob('*') if f.is_file()) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
