@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from services.trainer.core.configs import with_entries
-from services.trainer.core.distributed import Group
+from services.trainer.core.distributed import Group, leave_group
 from services.trainer.core.export import write_checkpoint, write_sums
 from services.trainer.core.runs import Observer
 from services.trainer.core.sampling import Vocabulary
@@ -91,7 +91,9 @@ def carry_out(recipe: str, settings: TrainingSettings, place: Place) -> Measures
     """Train (from the folder's state if there is one) into folder/checkpoint; the measures. Raises UserError."""
     if recipe not in RECIPES:
         raise UserError(f"There is no recipe {recipe!r}.", f"Known: {', '.join(RECIPES)}.", "unknown_recipe")
-    return RECIPES[recipe](settings, place)
+    measures = RECIPES[recipe](settings, place)
+    leave_group()
+    return measures
 
 
 def publish(settings: TrainingSettings, measures: Measures, folder: Path, target: Path) -> Path | None:

@@ -17,6 +17,7 @@ import yaml
 from torch import Tensor, nn
 
 from shared.checkpoints.layout import Checkpoint, InvalidCheckpoint
+from shared.checkpoints.unfilled import unfilled
 from shared.checkpoints.weights import read_weights
 from shared.models.bigvgan import BigVGAN, BigVGANConfig
 from shared.models.flow import Flow, FlowConfig
@@ -113,7 +114,7 @@ def load_flow(
     section = read_config(checkpoint).get("flow")
     if not isinstance(section, Mapping):
         raise InvalidCheckpoint(f"{checkpoint.cosyvoice_yaml} has no section 'flow'.", _REFETCH)
-    with torch.device("meta"):
+    with unfilled():
         flow = _configured(checkpoint, lambda: Flow(FlowConfig.from_dict(section)))
     path = checkpoint.flow_file
     state = {name: tensor.to(device, dtype, copy=True) for name, tensor in read_weights(path).items()}

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from shared.checkpoints.layout import Checkpoint, InvalidCheckpoint
+from shared.checkpoints.unfilled import unfilled
 from shared.checkpoints.weights import read_headers
 from shared.models.quantize import Int8Linear, quantize_weight
 from shared.models.step1 import Step1, Step1Config
@@ -86,7 +87,7 @@ def load_step1(
     finished model and one tensor. Raises MissingComponent or InvalidCheckpoint naming file and tensor.
     """
     chosen = dtype or default_dtype(device)
-    with torch.device("meta"):
+    with unfilled():
         model = Step1(load_config(checkpoint))
     _check_headers(checkpoint, model)
     for path in checkpoint.step1_files:

@@ -32,6 +32,7 @@ from shared.audio.features import (
 from shared.audio.signal import through_pcm16
 from shared.checkpoints.decoder import read_config, read_yaml
 from shared.checkpoints.layout import Checkpoint, InvalidCheckpoint
+from shared.checkpoints.unfilled import unfilled
 from shared.checkpoints.weights import read_weights
 from shared.codes import LINGUISTIC_SIZE, SEMANTIC_RATE_HZ, SEMANTIC_SIZE, Codes
 from shared.models.linguistic import LinguisticConfig, LinguisticEncoder, nearest
@@ -148,7 +149,7 @@ def load_linguistic(checkpoint: Checkpoint, *, device: str | torch.device = "cpu
         raise InvalidCheckpoint(f"{config_file} gives no sizes of an encoder ({error}).", _REFETCH) from error
     weights = read_weights(checkpoint.linguistic_file)
     state = {name.removeprefix("encoder."): tensor for name, tensor in weights.items() if name.startswith("encoder.")}
-    with torch.device("meta"):
+    with unfilled():
         encoder = LinguisticEncoder(config)
     try:
         encoder.load_state_dict(state, assign=True)

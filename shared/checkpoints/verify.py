@@ -18,6 +18,7 @@ import torch
 
 from shared.checkpoints import decoder, manifest
 from shared.checkpoints.layout import Checkpoint, InvalidCheckpoint
+from shared.checkpoints.unfilled import unfilled
 from shared.checkpoints.weights import TensorHeader, read_headers
 from shared.codes import AUDIO_VOCAB, LINGUISTIC_SIZE
 from shared.errors import MissingComponent, UserError
@@ -128,7 +129,7 @@ def verify(checkpoint: Checkpoint, *, hashes: bool = True) -> Report:
 
 def headers_of(module: Callable[[], torch.nn.Module]) -> dict[str, TensorHeader]:
     """Names, shapes and types of a module's tensors, without memory for them."""
-    with torch.device("meta"):
+    with unfilled():
         return {name: TensorHeader.of(tensor) for name, tensor in module().state_dict().items()}
 
 

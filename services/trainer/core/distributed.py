@@ -106,6 +106,17 @@ def join_group(sharding: Sharding, device: str) -> Group:
     return Group(int(os.environ["RANK"]), world, sharding)
 
 
+def leave_group() -> None:
+    """All processes leave together, at the end of their work; nothing to do for one alone.
+
+    A process that just ends may be aborted by a thread of its group that still runs, and torchrun then reports a
+    finished training as failed.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
     """Scale gradients to a norm of at most `limit`, over all processes where they are sharded; the norm before."""
     norm = nn.utils.clip_grad_norm_(parameters, limit)

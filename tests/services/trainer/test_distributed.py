@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from services.trainer.core.distributed import leave_group
 from services.trainer.core.settings import LoopConfig
 from services.trainer.sft.trainer import SftConfig, SftTrainer
 from shared.checkpoints import Checkpoint
@@ -68,3 +69,4 @@ def test_shards_without_torchrun_are_refused(tiny: Path, tmp_path: Path) -> None
 
 if __name__ == "__main__":
     train(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], 1)
+    leave_group()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,6 +52,9 @@ class LlmRecipe:
     """Of the attention that is shown, in the loss."""
     replaced: float = 0.15
     """Share of the input's audio tokens that are others of their kind."""
+    teachers: float = 0.35
+    """Share of the sequences with audio that are the teacher's readings. There are some thirty times more hours of
+    cheap ones, and drawn by their number these leave it a quarter as likely to find the teacher's codes."""
     longest: int = 800
     hidden: int = 256
     layers: int = 6
@@ -115,14 +119,16 @@ class Batch(NamedTuple):
     source: Tensor
 
 
-class Examples:
-    """Training sequences, drawn."""
+class Pool:
+    """Readings of one origin, and the pairs among them. Each of `items` has its codes interleaved as well.
 
-    def __init__(self, coded: Coded, tokenizer: TextTokenizer, recipe: LlmRecipe) -> None:
-        self.tokenizer, self.recipe = tokenizer, recipe
+    groups: readings of one sentence by one voice; voices: by one voice in one manner; varied: those that also come in
+    noise and with pauses.
+    """
+
+    def __init__(self, items: Iterable[Item]) -> None:
         self.items: list[Item] = [
-            item | {f"{name}_mixed": interleave(*item[name]) for name in VARIANTS if name in item}
-            for item in [*coded.items, *plain.items()]
+            item | {f"{name}_mixed": interleave(*item[name]) for name in VARIANTS if name in item} for item in items
         ]
         self.varied = [item for item in self.items if "noisy" in item]
         groups, voices = defaultdict(list), defaultdict(list)
@@ -133,9 +139,41 @@ class Examples:
         self.voices = [items for items in voices.values() if len(items) > 1]
         weights = np.array([len(items) for items in self.voices], float) ** 0.5
         self._voice_share = weights / weights.sum()
+
+    def reading(self, rng: np.random.Generator) -> Item:
+        """Any one."""
+        return self.items[int(rng.integers(len(self.items)))]
+
+    def variant(self, rng: np.random.Generator) -> Item:
+        """Any one that comes in noise and with pauses as well."""
+        return self.varied[int(rng.integers(len(self.varied)))]
+
+    def same_voice(self, rng: np.random.Generator) -> tuple[Item, Item]:
+        """Two readings by one voice in one manner; voices by the root of how often they speak."""
+        return _two(self.voices[int(rng.choice(len(self.voices), p=self._voice_share))], rng)
+
+    def same_words(self, rng: np.random.Generator) -> tuple[Item, Item]:
+        """Two readings of one sentence by one voice."""
+        return _two(self.groups[int(rng.integers(len(self.groups)))], rng)
+
+
+def _two(items: list[Item], rng: np.random.Generator) -> tuple[Item, Item]:
+    first, second = rng.choice(len(items), 2, replace=False)
+    return items[first], items[second]
+
+
+class Examples:
+    """Training sequences, drawn."""
+
+    def __init__(self, coded: Coded, tokenizer: TextTokenizer, recipe: LlmRecipe) -> None:
+        self.tokenizer, self.recipe = tokenizer, recipe
+        self.pools = {"teacher": Pool(coded.items), "cheap": Pool(plain.items())}
         self.sentences = [s.text for s in texts.english(assets.prepare().wordnet) if not s.held_out]
         processor = sentencepiece.SentencePieceProcessor(model_file=str(text_tokenizer.tokenizer_file()))
         self._places = alignment.TextPlaces([processor.id_to_piece(i) for i in range(tokenizer.audio_offset)])
+
+    def _pool(self, rng: np.random.Generator) -> Pool:
+        return self.pools["teacher" if rng.random() < self.recipe.teachers else "cheap"]
 
     def text(self, rng: np.random.Generator) -> Example:
         """A sentence alone."""
@@ -146,7 +184,7 @@ class Examples:
 
     def plain(self, rng: np.random.Generator) -> Example:
         """A text and its audio, one after the other in either order: the paper's blend of one to one."""
-        item = self.items[int(rng.integers(len(self.items)))]
+        item = self._pool(rng).reading(rng)
         text, audio = Turn("human", (item["row"]["text"],)), assistant_turn(item["clean_mixed"])
         if rng.random() < 0.8:
             return self._answered([text], item)
@@ -156,15 +194,13 @@ class Examples:
 
     def clone(self, rng: np.random.Generator) -> Example:
         """Another utterance of the same voice in the same manner as the reference."""
-        items = self.voices[int(rng.choice(len(self.voices), p=self._voice_share))]
-        reference, target = (items[k] for k in rng.choice(len(items), 2, replace=False))
+        reference, target = self._pool(rng).same_voice(rng)
         turns = clone_turns(reference["row"]["text"], reference["clean_mixed"], target["row"]["text"])
         return self._answered(turns, target, given=reference)
 
     def edit(self, rng: np.random.Generator) -> Example:
         """Two readings of one sentence by one voice, and the edit that leads from one to the other."""
-        group = self.groups[int(rng.integers(len(self.groups)))]
-        source, target = (group[k] for k in rng.choice(len(group), 2, replace=False))
+        source, target = self._pool(rng).same_words(rng)
         edit = edit_between(source["row"]["manner"], target["row"]["manner"])
         times = alignment.token_times(len(target["clean_mixed"]))
         heard = alignment.source_times(times, target["row"], source["row"])
@@ -174,7 +210,7 @@ class Examples:
     def clean(self, rng: np.random.Generator) -> Example:
         """The recording in noise or with pauses, and the recording: denoise and vad. The first thing learned of
         them is to copy."""
-        item = self.varied[int(rng.integers(len(self.varied)))]
+        item = self._pool(rng).variant(rng)
         times = alignment.token_times(len(item["clean_mixed"]))
         if rng.random() < 0.6:
             edit, source = Edit(type="denoise"), item["noisy_mixed"]
@@ -384,11 +420,8 @@ def main() -> None:
     parts = {"model": model, "optimizers": optimizer}
     run = Run("llm", parts, arguments.steps or recipe.steps, arguments.minutes)
     examples = Examples(Coded(), tokenizer, recipe)
-    print(
-        f"llm: {count_parameters(model):.2f} M parameters, {len(examples.items)} rows, "
-        f"{len(examples.groups)} groups on {device}",
-        flush=True,
-    )
+    rows = ", ".join(f"{len(pool.items)} {name} rows" for name, pool in examples.pools.items())
+    print(f"llm: {count_parameters(model):.2f} M parameters, {rows} on {device}", flush=True)
     while run.going:
         batch = Batch(*(part.to(device) for part in examples.batch(run.rng(), run.step / run.steps)))
         set_lr(optimizer, cosine(run.step, run.steps, recipe.lr, recipe.final_lr, warmup=150))
