@@ -126,7 +126,7 @@ def with_pauses(audio: np.ndarray, number: int, rng: np.random.Generator) -> tup
 
 Item = dict[str, Any]
 """A row with its codes: "row", "clean" and where made "noisy" and "paused" (pairs of linguistic and semantic codes),
-"pauses", and of rows in the store "i" and "speaker"."""
+"pauses", and of rows in the store "speaker"."""
 
 
 def save_items(items: Sequence[Item], target: Path) -> None:
@@ -178,14 +178,11 @@ class Coded:
 
     def __init__(self, keep: str = "train") -> None:
         self.store = Store(keep=keep)
-        position = {row["index"]: i for i, row in enumerate(self.store.rows)}
+        self.position = {row["index"]: i for i, row in enumerate(self.store.rows)}
+        """Of a row in the store, by its index."""
         self.items: list[Item] = []
         for file in sorted((assets.data_dir() / "codes").glob("shard-?????.npz")):
-            self.items += [
-                item | {"i": position[item["row"]["index"]]}
-                for item in load_items(file)
-                if item["row"]["index"] in position
-            ]
+            self.items += [item for item in load_items(file) if item["row"]["index"] in self.position]
 
     def __len__(self) -> int:
         return len(self.items)

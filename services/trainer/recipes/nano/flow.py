@@ -3,8 +3,9 @@ services.trainer.recipes.nano.flow`.
 
 The encoder's rough mel is trained by regression beside the flow matching (as in Grad-TTS, arXiv 2105.06337), which
 at this size is what makes it converge in hours of CPU; the code embeddings start from the tokenizers' own
-centroids. Half of the excerpts are the cheap readings of `mels`. Some codes of the input are other ones, as those of
-voices that the tokenizers never heard will be. Needs `codes` and `mels`.
+centroids. Half of the excerpts are the cheap readings of `mels`, a quarter the teacher's at other speeds
+(`perturbed`). Some codes of the input are other ones, as those of voices that the tokenizers never heard will be. Needs
+`codes`, `perturbed` and `mels`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import soxr
 import torch
 from torch import Tensor
 
-from services.trainer.recipes.nano import linguistic, mels, semantic
+from services.trainer.recipes.nano import linguistic, mels, perturbed, semantic
 from services.trainer.recipes.nano.codes import Coded, Item
 from services.trainer.recipes.nano.run import Optimizer, Run, cosine, count_parameters, pick_device, set_lr
+from services.trainer.recipes.nano.teacher import SAMPLE_RATE_HZ
 from shared.audio.features import prompt_mel
 from shared.codes import LINGUISTIC_PAD, LINGUISTIC_SIZE, SEMANTIC_SIZE, interleave, time_align
 from shared.models.flow import Flow, FlowConfig
@@ -59,6 +62,8 @@ class FlowRecipe:
     """Of the exponential average of the weights, which is what the checkpoint gets."""
     cheap: float = 0.5
     """Share of the excerpts by virtual speakers of `mels`."""
+    perturbed: float = 0.25
+    """Share of the excerpts by the teacher at another speed."""
     replaced: float = 0.05
     """Share of the tokens that are others of their kind."""
 
@@ -98,23 +103,29 @@ def start_embedding(flow: Flow) -> None:
 class Batches:
     """Excerpts on the grid of groups: token pairs, mel, speaker vector."""
 
-    def __init__(self, coded: Coded, cheap: list[Item], recipe: FlowRecipe) -> None:
-        self.coded, self.cheap, self.recipe = coded, cheap, recipe
-        self._mels: dict[int, np.ndarray] = {}
+    def __init__(self, coded: Coded, at_speeds: list[Item], cheap: list[Item], recipe: FlowRecipe) -> None:
+        self.coded, self.at_speeds, self.cheap, self.recipe = coded, at_speeds, cheap, recipe
+        self._mels: dict[tuple[int, float], np.ndarray] = {}
 
-    def mel(self, i: int) -> np.ndarray:
-        """(frames, 80) of store row i, kept in float16."""
-        if i not in self._mels:
-            self._mels[i] = prompt_mel(torch.from_numpy(self.coded.store.audio(i))).numpy().astype(np.float16)
-        return self._mels[i]
+    def mel(self, row: dict[str, Any]) -> np.ndarray:
+        """(frames, 80) of a row of the store at its speed, kept in float16."""
+        index, speed = row["index"], row.get("speed", 1.0)
+        if (index, speed) not in self._mels:
+            audio = self.coded.store.audio(self.coded.position[index])
+            if speed != 1.0:
+                audio = np.asarray(soxr.resample(audio, SAMPLE_RATE_HZ * speed, SAMPLE_RATE_HZ), np.float32)
+            self._mels[index, speed] = prompt_mel(torch.from_numpy(audio)).numpy().astype(np.float16)
+        return self._mels[index, speed]
 
     def _item(self, rng: np.random.Generator) -> tuple[Item, np.ndarray]:
         """A reading and its mel (frames, 80)."""
-        if self.cheap and rng.random() < self.recipe.cheap:
+        kind = rng.random()
+        if self.cheap and kind < self.recipe.cheap:
             item = self.cheap[int(rng.integers(len(self.cheap)))]
             return item, item["mel"]
-        item = self.coded.items[int(rng.integers(len(self.coded)))]
-        return item, self.mel(item["i"])
+        teachers = self.at_speeds if self.at_speeds and kind > 1 - self.recipe.perturbed else self.coded.items
+        item = teachers[int(rng.integers(len(teachers)))]
+        return item, self.mel(item["row"])
 
     def _others(self, pairs: Tensor, rng: np.random.Generator) -> Tensor:
         """The pairs (T, 2) with a share of their codes replaced by codes of the same kind."""
@@ -160,10 +171,10 @@ def main() -> None:
     optimizer = Optimizer(flow, recipe.lr, outside=("embedding",))
     parts = {"model": flow, "average": average, "optimizers": optimizer}
     run = Run("flow", parts, arguments.steps or recipe.steps, arguments.minutes)
-    batches = Batches(Coded(), list(mels.items()), recipe)
+    batches = Batches(Coded(), list(perturbed.items()), list(mels.items()), recipe)
     print(
-        f"flow: {count_parameters(flow):.2f} M parameters, {len(batches.coded)} rows of the corpus and "
-        f"{len(batches.cheap)} cheap ones on {device}",
+        f"flow: {count_parameters(flow):.2f} M parameters, {len(batches.coded)} rows of the corpus, "
+        f"{len(batches.at_speeds)} at other speeds and {len(batches.cheap)} cheap ones on {device}",
         flush=True,
     )
     while run.going:

@@ -7,7 +7,7 @@ model finds the words hours earlier that way (guided attention, arXiv 1710.08969
 Some audio tokens of the input are other ones, so that words are read from the text rather than guessed from the sound
 so far, which a model of this size otherwise learns by heart.
 The loss of an audio token is over the codes that its place in the group allows, which is what decoding samples from.
-Needs `codes` and `plain`.
+Needs `codes`, `perturbed` and `plain`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.trainer.recipes.nano import alignment, assets, linguistic, plain, semantic, text_tokenizer, texts
+from services.trainer.recipes.nano import (
+    alignment,
+    assets,
+    linguistic,
+    perturbed,
+    plain,
+    semantic,
+    text_tokenizer,
+    texts,
+)
 from services.trainer.recipes.nano.codes import VARIANTS, Coded, Item
 from services.trainer.recipes.nano.run import Optimizer, Run, cosine, count_parameters, pick_device, set_lr
 from shared.codes import LINGUISTIC_SIZE, SEMANTIC_SIZE, interleave
@@ -52,9 +61,9 @@ class LlmRecipe:
     """Of the attention that is shown, in the loss."""
     replaced: float = 0.15
     """Share of the input's audio tokens that are others of their kind."""
-    teachers: float = 0.35
-    """Share of the sequences with audio that are the teacher's readings. There are some thirty times more hours of
-    cheap ones, and drawn by their number these leave it a quarter as likely to find the teacher's codes."""
+    teachers: float = 0.3
+    """Share of the sequences with audio that are the teacher's readings, at their own speed and others (`perturbed`).
+    There are some twenty times more hours of cheap ones, whose codes are easier than the teacher's."""
     longest: int = 800
     hidden: int = 256
     layers: int = 6
@@ -167,7 +176,7 @@ class Examples:
 
     def __init__(self, coded: Coded, tokenizer: TextTokenizer, recipe: LlmRecipe) -> None:
         self.tokenizer, self.recipe = tokenizer, recipe
-        self.pools = {"teacher": Pool(coded.items), "cheap": Pool(plain.items())}
+        self.pools = {"teacher": Pool([*coded.items, *perturbed.items()]), "cheap": Pool(plain.items())}
         self.sentences = [s.text for s in texts.english(assets.prepare().wordnet) if not s.held_out]
         processor = sentencepiece.SentencePieceProcessor(model_file=str(text_tokenizer.tokenizer_file()))
         self._places = alignment.TextPlaces([processor.id_to_piece(i) for i in range(tokenizer.audio_offset)])

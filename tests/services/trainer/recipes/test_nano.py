@@ -8,6 +8,7 @@ import shutil
 import tarfile
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from services.trainer.recipes.nano import (
     corpus,
     flow,
     llm,
+    perturbed,
     restore,
     text_tokenizer,
     texts,
@@ -239,7 +241,7 @@ def test_replaced_codes_of_an_excerpt_keep_their_kind_and_padding_stays() -> Non
     mel, speaker = rng.normal(size=(60, 80)).astype(np.float16), rng.normal(size=192).astype(np.float32)
     cheap = [{"clean": (linguistic, semantic), "mel": mel, "speaker": speaker}]
     recipe = flow.FlowRecipe(steps=1, batch=3, groups=8, cheap=1.0, replaced=1.0)
-    pairs, lengths, _, mel_lengths, _ = flow.Batches(None, cheap, recipe).draw(rng)  # type: ignore[arg-type]
+    pairs, lengths, _, mel_lengths, _ = flow.Batches(None, [], cheap, recipe).draw(rng)  # type: ignore[arg-type]
     assert lengths.tolist() == [24] * 3
     assert mel_lengths.tolist() == [48] * 3
     assert (pairs[:, 2::3, 0] == 1024).all()
@@ -247,6 +249,43 @@ def test_replaced_codes_of_an_excerpt_keep_their_kind_and_padding_stays() -> Non
     assert int(spoken.max()) < 1024
     assert int(pairs[..., 1].min()) >= 1025
     assert int(pairs[..., 1].max()) < 1025 + 4096
-    kept = flow.Batches(None, cheap, flow.FlowRecipe(steps=1, batch=1, groups=10, cheap=1.0, replaced=0.0))  # type: ignore[arg-type]
+    kept = flow.Batches(None, [], cheap, flow.FlowRecipe(steps=1, batch=1, groups=10, cheap=1.0, replaced=0.0))  # type: ignore[arg-type]
     pairs, *_ = kept.draw(rng)
     assert (pairs[0, :, 1].numpy() - 1025).tolist() == semantic.tolist()
+
+
+def test_a_reading_at_another_speed_is_one_of_another_voice_and_its_mel_is_as_long() -> None:
+    row = {"index": 7, "group": 5, "voice_name": "af_sky", "manner": "neutral", "duration_s": 2.2, "frames": [4, 6]}
+    faster = perturbed.at_speed(row, 3)
+    assert (faster["voice_name"], faster["speed"], faster["duration_s"]) == ("af_sky@1.12", 1.12, 1.9643)
+    others = [perturbed.at_speed(row, place) for place in range(len(perturbed.SPEEDS))]
+    assert len({5, *(other["group"] for other in others)}) == 5, "its own group, as its voice is its own"
+    store = SimpleNamespace(audio=lambda _: voice(2.2))
+    coded = SimpleNamespace(store=store, position={7: 0}, items=[])
+    batches = flow.Batches(coded, [], [], flow.FlowRecipe(steps=1, batch=1))  # type: ignore[arg-type]
+    assert [len(batches.mel(which)) for which in (row, faster)] == [110, 98]
+
+
+def test_the_teachers_readings_have_their_share_of_the_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reading(voice_name: str, group: int) -> codes.Item:
+        row = {"group": group, "voice_name": voice_name, "manner": "neutral", "text": "Yes."}
+        pair = (np.arange(2), np.arange(3))
+        return {"row": row, "clean": pair, "noisy": pair}
+
+    teachers = [reading("af_sky", k // 2) for k in range(4)]
+    pool = llm.Pool(teachers)
+    rng = np.random.default_rng(0)
+    assert len({id(item) for item in pool.same_words(rng)}) == 2
+    first, second = pool.same_voice(rng)
+    assert first is not second
+    assert first["clean_mixed"].tolist() == [0, 1, 1024, 1025, 1026]
+    monkeypatch.setattr(llm.plain, "items", lambda: [reading("virtual", k // 2) for k in range(400)])
+    monkeypatch.setattr(llm.perturbed, "items", lambda: [])
+    monkeypatch.setattr(llm.texts, "english", lambda _: [])
+    monkeypatch.setattr(llm.assets, "prepare", lambda: SimpleNamespace(wordnet=None))
+    monkeypatch.setattr(llm.text_tokenizer, "tokenizer_file", lambda: NANO / "Step-Audio-EditX" / "tokenizer.model")
+    tokenizer = TextTokenizer.from_file(NANO / "Step-Audio-EditX" / "tokenizer.model")
+    recipe = llm.LlmRecipe(steps=1, tokens=64, teachers=0.3)
+    examples = llm.Examples(SimpleNamespace(items=teachers), tokenizer, recipe)  # type: ignore[arg-type]
+    drawn = [examples._pool(rng) is examples.pools["teacher"] for _ in range(2000)]
+    assert 0.27 < float(np.mean(drawn)) < 0.33
