@@ -8,6 +8,7 @@ Knows nothing about what is trained.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -20,6 +21,8 @@ from shared.errors import UserError
 from shared.models.step1 import Step1
 
 Sharding = Literal["none", "ddp", "fsdp"]
+LAST_TENSORS_S = 0.5
+"""How long a process waits for the threads of its group to let go of their tensors."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +112,13 @@ def join_group(sharding: Sharding, device: str) -> Group:
 def leave_group() -> None:
     """All processes leave together, at the end of their work; nothing to do for one alone.
 
-    A process that just ends may be aborted by a thread of its group that still runs, and torchrun then reports a
-    finished training as failed.
+    Gloo's threads keep the tensors of the last calls until they get the interpreter for a moment. A process that ends
+    before they had it is aborted, and torchrun reports a finished training as failed (pytorch/pytorch#190489).
     """
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        time.sleep(LAST_TENSORS_S)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
