@@ -6,6 +6,7 @@ Knows nothing about what the process does.
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -19,6 +20,12 @@ from pathlib import Path
 from shared.errors import TransientError
 
 POLL_S = 0.05
+SILENT_S = 5.0
+"""How long a port may still answer after its process ended, before it counts as somebody else's."""
+LISTENING = range(11_000, 20_900)
+"""Where free_ports looks: below what systems give to outgoing connections, also 10,000 higher, where SeaweedFS speaks
+gRPC."""
+ATTEMPTS = 50
 LOG_TAIL_LINES = 15
 
 
@@ -62,7 +69,16 @@ class Running:
 
 
 def start(program: Program, log: Path) -> Running:
-    """Start a program as the leader of a process group of its own, its output appended to `log`."""
+    """Start a program as the leader of a process group of its own, its output appended to `log`.
+
+    Raises NotReady if something else answers already where it would: it could not listen there, and its users would
+    take the other for it.
+    """
+    until = time.monotonic() + SILENT_S
+    while _asked(program.is_ready):
+        if time.monotonic() > until:
+            raise NotReady(f"Something else answers already where {program.name} would.", "Take another port.")
+        time.sleep(POLL_S)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         child = subprocess.Popen(
@@ -132,11 +148,23 @@ def accepts_connections(port: int) -> Callable[[], bool]:
     return check
 
 
-def free_port() -> int:
-    """A port that nobody listens on now."""
+def free_ports(number: int = 1) -> int:
+    """The first of `number` ports in a row that nobody listens on now. Raises NotReady if there are none."""
+    for _ in range(ATTEMPTS):
+        first = random.randrange(LISTENING.start, LISTENING.stop - number)
+        if all(_is_free(port) for port in range(first, first + number)):
+            return first
+    raise NotReady(f"No {number} free ports in a row were found from {LISTENING.start} to {LISTENING.stop}.")
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def _asked(check: Callable[[], bool]) -> bool:

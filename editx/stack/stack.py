@@ -33,6 +33,8 @@ ORDER = ("store", "disk", "redis", "broker", "triton")
 """The servers as they start. The disk is an S3 server for the broker alone: that one keeps its records nowhere else."""
 PORTS = {"store": 0, "redis": 10, "broker": 11, "triton": 21, "gateway": 30, "disk": 40}
 """How far above the stack's port each process listens. Triton by gRPC; HTTP is one below, its metrics one above."""
+SPAN = 50
+"""How many ports a stack has for itself."""
 WORKERS = ("tokenizer", "llm", "decoder", "reward")
 
 
@@ -307,4 +309,4 @@ def _alive_file(folder: Path, name: str) -> Path:
     return folder / f"{name}.alive"
 
 
-__all__ = ["NotReady", "Options", "Stack"]
+__all__ = ["SPAN", "NotReady", "Options", "Stack"]

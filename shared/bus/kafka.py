@@ -1,8 +1,10 @@
 """A Bus on a broker that speaks the Kafka protocol, through kafka-python 3.
 
-Producing is idempotent and waits for all replicas. A group's partitions move one by one (cooperative sticky). A commit
-is refused here when the partition was taken away: brokers accept such commits and would rewind the group. Topics are
-made beforehand (`create_topics`), never by publishing.
+Producing waits for all replicas. It may send a record twice, which does no harm here; a broker's memory of what was
+sent (idempotent producing) would be one more thing that can be wrong. In Tansu it is: a record that was being written
+while the broker was killed counts as written when it is sent again, and is lost. A group's partitions move one by one
+(cooperative sticky). A commit is refused here when the partition was taken away: brokers accept such commits and would
+rewind the group. Topics are made beforehand (`create_topics`), never by publishing.
 """
 
 from __future__ import annotations
@@ -78,14 +80,10 @@ class KafkaBus:
         if len(value) > RECORD_BYTES_MAX:
             raise UserError(f"A record of {len(value)} bytes is too large for {topic}.",
                             f"At most {RECORD_BYTES_MAX} bytes; put the data in the artifact store.")  # fmt: skip
-        producer = None
         try:
-            producer = self._make_producer()
-            future = producer.send(topic, key=key.encode(), value=value, headers=list(headers))
+            future = self._make_producer().send(topic, key=key.encode(), value=value, headers=list(headers))
             future.get(timeout=self._settings.delivery_timeout_ms / 1000 + 1)
         except (KafkaError, TimeoutError) as error:
-            if producer is not None and producer._transaction_manager.has_fatal_error():
-                self._replace_producer(producer)
             raise _unavailable(self._servers, error) from error
 
     def subscribe(
@@ -168,16 +166,6 @@ class KafkaBus:
         if admin is not None:
             admin.close()
 
-    def _replace_producer(self, producer: KafkaProducer) -> None:
-        """Have the next publish make another producer: one whose broker once failed to give it an id stays unusable."""
-        with self._lock:
-            is_current = self._producer is producer
-            if is_current:
-                self._producer = None
-        if is_current:
-            log.warning("the producer cannot go on and is made anew")
-            producer.close(timeout=0)
-
     def _make_producer(self) -> KafkaProducer:
         with self._lock:
             if self._closed:
@@ -186,6 +174,8 @@ class KafkaBus:
                 self._producer = KafkaProducer(
                     bootstrap_servers=self._servers,
                     allow_auto_create_topics=False,
+                    acks="all",
+                    enable_idempotence=False,
                     delivery_timeout_ms=self._settings.delivery_timeout_ms,
                     request_timeout_ms=self._settings.request_timeout_ms,
                     bootstrap_timeout_ms=self._settings.request_timeout_ms,

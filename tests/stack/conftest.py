@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from editx.stack.stack import Options, Stack
+from editx.stack.process import free_ports
+from editx.stack.stack import SPAN, Options, Stack
 from tests.fixtures.tiny import with_reward
 
 WEBHOOK_SECRET = "whsec_" + base64.b64encode(b"a secret of thirty-two bytes....").decode()
@@ -18,7 +18,7 @@ WEBHOOK_SECRET = "whsec_" + base64.b64encode(b"a secret of thirty-two bytes...."
 @pytest.fixture(scope="session")
 def stack(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     options = Options(
-        port=23_000 + os.getpid() % 5_000 // 50 * 50,
+        port=free_ports(SPAN),
         checkpoint=str(with_reward(tiny, tmp_path_factory.mktemp("judged") / "tiny")),
         lease_s=4.0,
         settings={

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from editx.stack import chaos
+from editx.stack.process import free_ports
+from editx.stack.stack import SPAN
 
 
 def test_nothing_accepted_is_lost_while_workers_die_and_stall(tmp_path: Path) -> None:
-    port = 28_000 + os.getpid() % 2_000 // 50 * 50
+    port = free_ports(chaos.DETOUR + SPAN)
     report = chaos.run(tmp_path, rounds=1, port=port, servers=False, between_s=0.5)
     assert report.findings == [], str(report)
     assert report.accepted > 20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +48,7 @@ def server(judge: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     """One Triton that has the reward model and may load the language model: its URL and the folder of versions."""
     folder = tmp_path_factory.mktemp("pool")
     (folder / "current").symlink_to(judge)
-    port = 28_200 + os.getpid() % 500 * 3
+    port = process.free_ports(3)
     environment = {"EDITX_CHECKPOINT": str(folder / "current"), "EDITX_SLOTS": "4", "OMP_NUM_THREADS": "1"}
     scratch = tmp_path_factory.mktemp("triton")
     program = servers.triton(port, [repository("llm"), repository("reward")], scratch, environment, ["reward"])
