@@ -35,6 +35,7 @@ test: $(READY) $(SERVERS)  ## all tests
 
 lint: $(READY)  ## style, types and the rules of the architecture
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check --quiet .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 

@@ -197,9 +197,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", default="wall", choices=list(CLOCKS))
-    parser.add_argument(
-        "--parts", nargs="+", default=["flow", "vocoder", "both", "stream"], choices=list(TABLES)
-    )
+    parser.add_argument("--parts", nargs="+", default=["flow", "vocoder", "both", "stream"], choices=list(TABLES))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     timed = f"{options.threads} threads, {options.clock} time, torch {torch.__version__}"

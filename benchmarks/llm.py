@@ -31,7 +31,7 @@ from shared.models.step1_attention import KVCache
 
 OFFICIAL_LAYERS = 32
 MIB = 2**20
-SLOW_S = 5.0                                                     # work that takes longer is timed less often
+SLOW_S = 5.0  # work that takes longer is timed less often
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -50,7 +50,7 @@ class RebuildingAttend:
             places = torch.arange(length, device=q.device)
             distance = (places[:, None] - places[None]).to(torch.float32)
             bias = -self.slopes[:, None, None] * distance.clamp(min=0).sqrt()
-            bias = bias.masked_fill(distance < 0, -torch.inf).to(q.dtype)[:, -1:]   # (H, 1, length)
+            bias = bias.masked_fill(distance < 0, -torch.inf).to(q.dtype)[:, -1:]  # (H, 1, length)
             repeats = q.shape[2] // keys.shape[0]
             every_k, every_v = (x[:, :length].repeat_interleave(repeats, dim=0) for x in (keys, values))
             scores = q[row].transpose(0, 1) @ every_k.transpose(1, 2) / q.shape[3] ** 0.5 + bias
@@ -141,7 +141,7 @@ def prefill_row(model: Step1, kind: str, context: int, runs: int, clock: str) ->
         cache.lengths[0] = 0
         model.prefill(prompt, cache, 0)
 
-    read()                                                       # touches the cache's pages: they are not counted
+    read()  # touches the cache's pages: they are not counted
     began = CLOCKS[clock]()
     memory = peak_mib(read, model.device)
     seconds = CLOCKS[clock]() - began

@@ -108,8 +108,11 @@ class TextTokenizer:
         self.vocab_size: int = processor.vocab_size()
         present = processor.id_to_piece(self.audio_offset) == FIRST_AUDIO_PIECE
         if not present or self.audio_offset + AUDIO_VOCAB > self.vocab_size:
-            raise UserError(f"The text tokenizer of {self.vocab_size} pieces lacks the {AUDIO_VOCAB} audio pieces.",
-                            "Use the tokenizer.model of a Step-Audio-EditX checkpoint.", "checkpoint_invalid")
+            raise UserError(
+                f"The text tokenizer of {self.vocab_size} pieces lacks the {AUDIO_VOCAB} audio pieces.",
+                "Use the tokenizer.model of a Step-Audio-EditX checkpoint.",
+                "checkpoint_invalid",
+            )
 
     @classmethod
     def from_file(cls, path: Path) -> TextTokenizer:

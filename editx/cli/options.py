@@ -35,7 +35,5 @@ OutOption = Annotated[
 ]
 CloneOutOption = Annotated[
     str | None,
-    typer.Option(
-        "--out", "-o", help="WAV, FLAC, MP3 or Opus by its suffix, REF.cloned.wav by default; - for stdout."
-    ),
+    typer.Option("--out", "-o", help="WAV, FLAC, MP3 or Opus by its suffix, REF.cloned.wav by default; - for stdout."),
 ]

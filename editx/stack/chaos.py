@@ -114,9 +114,7 @@ class Load:
             self._stop.wait(self._every_s)
 
 
-def faults(
-    stack: Stack, proxies: Mapping[str, Proxy], servers: Sequence[str]
-) -> list[tuple[str, Callable[[], None]]]:
+def faults(stack: Stack, proxies: Mapping[str, Proxy], servers: Sequence[str]) -> list[tuple[str, Callable[[], None]]]:
     """The faults of one round, each with its name; every one ends with all processes running again.
 
     Workers suffer all of them, and so do the `servers` named.

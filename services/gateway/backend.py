@@ -89,6 +89,4 @@ def open_backend(settings: GatewaySettings) -> Backend:
         jobs.close()
         quota.close()
 
-    return Backend(
-        bus, store, jobs, inference, checkpoint.metadata, encoder(checkpoint), quota=quota, close=close
-    )
+    return Backend(bus, store, jobs, inference, checkpoint.metadata, encoder(checkpoint), quota=quota, close=close)

@@ -121,7 +121,7 @@ class StaticDecoder:
         if span not in self._graphs:
             side: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):                       # a first run outside the graph warms the allocator
+            with torch.cuda.stream(side):  # a first run outside the graph warms the allocator
                 self._model.decode_static(self._tokens, self._positions, self.cache, span)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()

@@ -27,7 +27,7 @@ class _Sequence(Draft):
     def __init__(self, generation: Generation, slot: int) -> None:
         super().__init__(generation)
         self.slot = slot
-        self.prompt_hidden: Tensor | None = None                # (hidden,), of the prompt's last token, once it is read
+        self.prompt_hidden: Tensor | None = None  # (hidden,), of the prompt's last token, once it is read
 
     @property
     def reads(self) -> bool:

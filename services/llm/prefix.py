@@ -73,7 +73,7 @@ class PrefixCache:
             found.pop()
         for key, start in found:
             cache.restore(slot, start, self._entries[key].block)
-        for key, _ in reversed(found):                          # the start of a prompt ends up most recently used
+        for key, _ in reversed(found):  # the start of a prompt ends up most recently used
             self._entries.move_to_end(key)
         hits = cache.lengths[slot]
         self.hits += hits

@@ -25,8 +25,10 @@ class LlmSettings(BaseSettings):
     context: int = Field(default=4096, ge=64, description="Most tokens of one sequence, prompt and result together.")
     queue_limit: int = Field(default=256, ge=1, description="Requests that may wait; more are refused as overload.")
     prefix_cache_tokens: int = Field(
-        default=16384, ge=0, description="Prompt tokens whose keys and values are kept, 32 KiB each in the 3B release. "
-        "vLLM keeps as many as it has room for, or none for 0."
+        default=16384,
+        ge=0,
+        description="Prompt tokens whose keys and values are kept, 32 KiB each in the 3B release. "
+        "vLLM keeps as many as it has room for, or none for 0.",
     )
     stream_groups: int = Field(default=5, ge=1, description="Groups of five tokens (120 ms) in a piece of a stream.")
     vllm_memory_share: float = Field(

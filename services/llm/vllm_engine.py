@@ -179,7 +179,7 @@ class VllmEngine(GenerationEngine):
         self._running.clear()
         for sequence in sequences:
             sequence.generation.put(error)
-        with suppress(Exception):                               # what broke a step may break this too
+        with suppress(Exception):  # what broke a step may break this too
             self._vllm.abort_request(names)
 
 

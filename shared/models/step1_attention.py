@@ -42,7 +42,7 @@ class SqrtAlibi:
     def _grown(self, span: int, device: torch.device) -> Tensor:
         if self._rows is None or span > self._span or self._rows.device != device:
             self._span = max(1024, 1 << (span - 1).bit_length())
-            with torch.inference_mode(False):                   # the rows outlive this call and may serve training
+            with torch.inference_mode(False):  # the rows outlive this call and may serve training
                 distances = torch.arange(self._span - 1, -1, -1, dtype=torch.float32, device=device).sqrt()
                 self._rows = F.pad(-self.slopes_on(device)[:, None] * distances, (0, self._span), value=-torch.inf)
         return self._rows
@@ -248,7 +248,7 @@ class CachedPrefill:
         self.cache, self.slot, self.start, self.stop = cache, slot, start, start + count
         self.bias = alibi.reversed_block(start, count, cache.keys.device)
         if self.bias.is_cuda:
-            self.bias = self.bias.to(cache.keys.dtype).contiguous()     # (1, H, count, stop), shared by all layers
+            self.bias = self.bias.to(cache.keys.dtype).contiguous()  # (1, H, count, stop), shared by all layers
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.keys[layer, self.slot], self.cache.values[layer, self.slot]

