@@ -7,6 +7,7 @@ groups of two linguistic (60 ms) and three semantic (40 ms). Knows nothing about
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -74,12 +75,19 @@ def source_times(times: np.ndarray, target: dict[str, Any], source: dict[str, An
     return found
 
 
-def times_with_pauses(times: np.ndarray, pauses: list[tuple[float, float]]) -> np.ndarray:
-    """Times of a reading moved behind the pauses that were put into it before them."""
-    moved = np.array(times, dtype=np.float64)
+def groups_outside(pauses: Sequence[tuple[float, float]], groups: int) -> np.ndarray:
+    """Which of the groups of a recording are not, by half or more, in pauses that were put into it, (groups,).
+
+    Each pause has its place in the recording before any was put in, and its length.
+    """
+    outside, put_in = np.ones(groups, bool), 0.0
+    begins = np.arange(groups) * GROUP_S
     for place, length in pauses:
-        moved[times >= place] += length
-    return moved
+        start, end = place + put_in, place + put_in + length
+        inside = np.minimum(begins + GROUP_S, end) - np.maximum(begins, start)
+        outside &= inside < GROUP_S / 2
+        put_in += length
+    return outside
 
 
 class TextPlaces:

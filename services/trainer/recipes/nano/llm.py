@@ -36,7 +36,7 @@ from services.trainer.recipes.nano import (
 )
 from services.trainer.recipes.nano.codes import VARIANTS, Coded, Item
 from services.trainer.recipes.nano.run import Optimizer, Run, cosine, count_parameters, pick_device, set_lr
-from shared.codes import LINGUISTIC_SIZE, SEMANTIC_SIZE, interleave
+from shared.codes import GROUP, LINGUISTIC_SIZE, SEMANTIC_SIZE, interleave
 from shared.models.step1 import Step1, Step1Config
 from shared.models.step1_attention import Attend
 from shared.prompts import TextTokenizer, Turn, assistant_turn, clone_turns, edit_turns
@@ -110,12 +110,14 @@ def start_audio_embedding(model: Step1, offset: int) -> None:
 
 class Example(NamedTuple):
     """A training sequence. ids (L,); learned (L,) marks the tokens that carry a loss; text (L, 3) and source (L, 3) say
-    which places the token that FOLLOWS should be read from, -1 for none."""
+    which places the token that FOLLOWS should be read from, -1 for none; exact (L,) marks those that are read as they
+    are."""
 
     ids: np.ndarray
     learned: np.ndarray
     text: np.ndarray
     source: np.ndarray
+    exact: np.ndarray
 
 
 class Batch(NamedTuple):
@@ -166,6 +168,12 @@ class Pool:
         return _two(self.groups[int(rng.integers(len(self.groups)))], rng)
 
 
+def _unguided(ids: np.ndarray) -> Example:
+    """A sequence that is learned as a whole, without being shown where to look."""
+    nothing = np.full((len(ids), 3), -1)
+    return Example(ids, np.ones(len(ids), bool), nothing, nothing, np.zeros(len(ids), bool))
+
+
 def _two(items: list[Item], rng: np.random.Generator) -> tuple[Item, Item]:
     first, second = rng.choice(len(items), 2, replace=False)
     return items[first], items[second]
@@ -188,8 +196,7 @@ class Examples:
         """A sentence alone."""
         sentence = self.sentences[int(rng.integers(len(self.sentences)))]
         ids = np.array(self.tokenizer.encode_chat([Turn("assistant", (sentence,))], False))
-        nothing = np.full((len(ids), 3), -1)
-        return Example(ids, np.ones(len(ids), bool), nothing, nothing)
+        return _unguided(ids)
 
     def plain(self, rng: np.random.Generator) -> Example:
         """A text and its audio, one after the other in either order: the paper's blend of one to one."""
@@ -198,8 +205,7 @@ class Examples:
         if rng.random() < 0.8:
             return self._answered([text], item)
         ids = self.tokenizer.encode_chat([Turn("human", audio.content), Turn("assistant", text.content)], False)
-        nothing = np.full((len(ids), 3), -1)
-        return Example(np.array(ids), np.ones(len(ids), bool), nothing, nothing)
+        return _unguided(np.array(ids))
 
     def clone(self, rng: np.random.Generator) -> Example:
         """Another utterance of the same voice in the same manner as the reference."""
@@ -211,28 +217,36 @@ class Examples:
         """Two readings of one sentence by one voice, and the edit that leads from one to the other."""
         source, target = self._pool(rng).same_words(rng)
         edit = edit_between(source["row"]["manner"], target["row"]["manner"])
-        times = alignment.token_times(len(target["clean_mixed"]))
-        heard = alignment.source_times(times, target["row"], source["row"])
+        count = len(target["clean_mixed"])
+        heard = alignment.source_times(alignment.token_times(count), target["row"], source["row"])
+        places = (
+            None if heard is None else alignment.tokens_at(heard, np.arange(count) % GROUP, len(source["clean_mixed"]))
+        )
         turns = edit_turns(edit, source["row"]["text"], source["clean_mixed"])
-        return self._answered(turns, target, heard, len(source["clean_mixed"]), given=source)
+        return self._answered(turns, target, places, given=source)
 
     def clean(self, rng: np.random.Generator) -> Example:
-        """The recording in noise or with pauses, and the recording: denoise and vad. The first thing learned of
-        them is to copy."""
+        """Denoise: the recording in noise, and the recording. Vad: the recording with pauses, and what is left of its
+        own groups without them, which is copying. Each token has one place to come from, and the source is exact."""
         item = self._pool(rng).variant(rng)
-        times = alignment.token_times(len(item["clean_mixed"]))
         if rng.random() < 0.6:
             edit, source = Edit(type="denoise"), item["noisy_mixed"]
+            copied = np.arange(len(item["clean_mixed"]))
         else:
             edit, source = Edit(type="vad"), item["paused_mixed"]
-            times = alignment.times_with_pauses(times, item["pauses"])
-        return self._answered(edit_turns(edit, None, source), item, times, len(source))
+            groups = np.arange(len(source)).reshape(-1, GROUP)
+            copied = groups[alignment.groups_outside(item["pauses"], len(groups))].reshape(-1)
+            item = item | {"clean_mixed": source[copied]}
+        places = np.stack([copied, np.full_like(copied, -1), np.full_like(copied, -1)], 1)
+        places[copied >= len(source)] = -1
+        example = self._answered(edit_turns(edit, None, source), item, places)
+        return example._replace(exact=~example.learned)
 
     def _answered(
-        self, turns: list[Turn], target: Item, heard_s: np.ndarray | None = None, source_tokens: int = 0,
-        given: Item | None = None,
-    ) -> Example:  # fmt: skip
-        """The prompt and the target as its answer; `heard_s` is when the source says what each of its tokens says.
+        self, turns: list[Turn], target: Item, places: np.ndarray | None = None, given: Item | None = None
+    ) -> Example:
+        """The prompt and the target as its answer; `places` (count, 3) are the tokens of the source that say what each
+        of the target's says, -1 for none.
 
         `given` is the recording in the prompt where it stands behind its own text: it is learned as well, which nearly
         doubles what a sequence teaches.
@@ -246,10 +260,9 @@ class Examples:
         if given is not None:
             learned[begin : begin + len(given["clean_mixed"])] = True
             self._show_text(text, ids, begin, given)
-        if heard_s is not None:
-            found = alignment.tokens_at(heard_s, np.arange(count) % 5, source_tokens)
-            source[first - 1 : first - 1 + count] = np.where(found >= 0, found + begin, -1)
-        return Example(ids, learned, text, source)
+        if places is not None:
+            source[first - 1 : first - 1 + count] = np.where(places >= 0, places + begin, -1)
+        return Example(ids, learned, text, source, np.zeros(len(ids), bool))
 
     def _show_text(self, text: np.ndarray, ids: np.ndarray, first: int, item: Item) -> None:
         """Write into `text` which pieces before `first` the reading that starts there says, token by token."""
@@ -278,12 +291,14 @@ class Examples:
             chosen.append(example)
         length = len(chosen[-1].ids)
         parts = []
-        for arrays, filler in zip(zip(*chosen, strict=True), (0, False, -1, -1), strict=True):
+        for arrays, filler in zip(zip(*chosen, strict=True), (0, False, -1, -1, True), strict=True):
             wide = np.full((len(chosen), length, *arrays[0].shape[1:]), filler)
             for line, array in enumerate(arrays):
                 wide[line, : len(array)] = array
             parts.append(torch.from_numpy(wide))
-        return Batch(replaced(parts[0], self.tokenizer.audio_offset, self.recipe.replaced, rng), *parts)
+        *read, exact = parts
+        given = replaced(read[0], self.tokenizer.audio_offset, self.recipe.replaced, rng)
+        return Batch(torch.where(exact, read[0], given), *read)
 
     def _kind(self, rng: np.random.Generator, share: float) -> Any:
         if share < self.recipe.text_until:

@@ -6,9 +6,11 @@ import io
 import json
 import shutil
 import tarfile
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -266,12 +268,30 @@ def test_a_reading_at_another_speed_is_one_of_another_voice_and_its_mel_is_as_lo
     assert [len(batches.mel(which)) for which in (row, faster)] == [110, 98]
 
 
-def test_the_teachers_readings_have_their_share_of_the_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    def reading(voice_name: str, group: int) -> codes.Item:
-        row = {"group": group, "voice_name": voice_name, "manner": "neutral", "text": "Yes."}
-        pair = (np.arange(2), np.arange(3))
-        return {"row": row, "clean": pair, "noisy": pair}
+def reading(voice_name: str, group: int) -> codes.Item:
+    """A reading of one group of codes."""
+    row = {"group": group, "voice_name": voice_name, "manner": "neutral", "text": "Yes."}
+    return {"row": row, "clean": (np.arange(2), np.arange(3))}
 
+
+@pytest.fixture
+def drawing(monkeypatch: pytest.MonkeyPatch) -> Callable[..., llm.Examples]:
+    """Makes the language model's examples from the teacher's readings given and virtual ones."""
+    monkeypatch.setattr(llm.plain, "items", lambda: [reading("virtual", k // 2) for k in range(400)])
+    monkeypatch.setattr(llm.perturbed, "items", lambda: [])
+    monkeypatch.setattr(llm.texts, "english", lambda _: [])
+    monkeypatch.setattr(llm.assets, "prepare", lambda: SimpleNamespace(wordnet=None))
+    monkeypatch.setattr(llm.text_tokenizer, "tokenizer_file", lambda: NANO / "Step-Audio-EditX" / "tokenizer.model")
+    tokenizer = TextTokenizer.from_file(NANO / "Step-Audio-EditX" / "tokenizer.model")
+
+    def draw(items: list[codes.Item], **recipe: Any) -> llm.Examples:
+        settings = llm.LlmRecipe(steps=1, tokens=64, **recipe)
+        return llm.Examples(SimpleNamespace(items=items), tokenizer, settings)  # type: ignore[arg-type]
+
+    return draw
+
+
+def test_the_teachers_readings_have_their_share_of_the_sequences(drawing: Callable[..., llm.Examples]) -> None:
     teachers = [reading("af_sky", k // 2) for k in range(4)]
     pool = llm.Pool(teachers)
     rng = np.random.default_rng(0)
@@ -279,13 +299,24 @@ def test_the_teachers_readings_have_their_share_of_the_sequences(monkeypatch: py
     first, second = pool.same_voice(rng)
     assert first is not second
     assert first["clean_mixed"].tolist() == [0, 1, 1024, 1025, 1026]
-    monkeypatch.setattr(llm.plain, "items", lambda: [reading("virtual", k // 2) for k in range(400)])
-    monkeypatch.setattr(llm.perturbed, "items", lambda: [])
-    monkeypatch.setattr(llm.texts, "english", lambda _: [])
-    monkeypatch.setattr(llm.assets, "prepare", lambda: SimpleNamespace(wordnet=None))
-    monkeypatch.setattr(llm.text_tokenizer, "tokenizer_file", lambda: NANO / "Step-Audio-EditX" / "tokenizer.model")
-    tokenizer = TextTokenizer.from_file(NANO / "Step-Audio-EditX" / "tokenizer.model")
-    recipe = llm.LlmRecipe(steps=1, tokens=64, teachers=0.3)
-    examples = llm.Examples(SimpleNamespace(items=teachers), tokenizer, recipe)  # type: ignore[arg-type]
+    examples = drawing(teachers, teachers=0.3)
     drawn = [examples._pool(rng) is examples.pools["teacher"] for _ in range(2000)]
     assert 0.27 < float(np.mean(drawn)) < 0.33
+
+
+def test_what_is_left_without_pauses_is_copied_from_an_exact_source(drawing: Callable[..., llm.Examples]) -> None:
+    paused = (np.arange(20) + 3, np.arange(30) + 7)
+    plain = reading("af_sky", 0)
+    varied = plain | {"noisy": plain["clean"], "paused": paused, "pauses": [(0.29, 0.38)]}
+    examples = drawing([varied, reading("af_sky", 1)] * 2, teachers=1.0)
+    rng = np.random.default_rng(0)
+    drawn = [examples.clean(rng) for _ in range(30)]
+    vad = [example for example in drawn if example.learned.sum() > 10]
+    assert 0 < len(vad) < 30
+    for example in vad:
+        shown = np.flatnonzero(example.source[:, 0] >= 0)
+        assert len(shown) == 5 * (10 - 4)
+        assert (example.ids[example.source[shown, 0]] == example.ids[shown + 1]).all()
+        assert (example.source[:, 1:] == -1).all()
+        assert example.exact[example.source[shown, 0]].all()
+        assert not example.exact[example.learned].any()

@@ -57,8 +57,11 @@ def test_a_slower_reading_is_found_at_half_the_time() -> None:
     assert alignment.source_times(np.array([0.4]), slow, ROW | {"phonemes": [1]}) is None
 
 
-def test_what_follows_a_pause_comes_later() -> None:
-    assert np.allclose(alignment.times_with_pauses(np.array([0.1, 0.5]), [(0.3, 0.4)]), [0.1, 0.9])
+def test_groups_in_pauses_are_left_out() -> None:
+    # groups of 0.12 s; silence from 0.29 to 0.67 s (2.4 to 5.6 groups) and from 0.88 to 1.12 s (7.3 to 9.3)
+    outside = alignment.groups_outside([(0.29, 0.38), (0.50, 0.24)], 11)
+    assert np.flatnonzero(~outside).tolist() == [2, 3, 4, 5, 7, 8]
+    assert alignment.groups_outside([], 3).all()
 
 
 def test_a_text_is_found_where_it_stands_last() -> None:
