@@ -78,19 +78,29 @@ def with_sound(words: Sequence[str], tag: str, at: int, language: str, say: Say,
     joiner = "" if language == "zh" else " "
     before, after = (say(joiner.join(part), "neutral") for part in (words[:at], words[at:]))
     rate = before.sample_rate_hz
+    between = sound(tag, language, say, Waveform(np.concatenate([before.samples, after.samples]), rate), rng)
+    parts = [_trimmed(before.samples), between, _trimmed(after.samples)]
+    return Waveform(np.concatenate(parts), rate)
+
+
+def sound(tag: str, language: str, say: Say, speech: Waveform, rng: np.random.Generator) -> Audio:
+    """The sound of a tag between two pauses, (n,) at the rate of the speech around it and as loud as fits that.
+
+    Raises UserError for an unknown tag, or a language without its syllables.
+    """
+    rate = speech.sample_rate_hz
     if tag in SYLLABLES:
         if language not in SYLLABLES[tag]:
             raise UserError(f"There is no [{tag}] for the language {language!r}.", code="bad_row")
-        between = _trimmed(say(SYLLABLES[tag][language], READ_AS[tag]).samples)
+        made = _trimmed(say(SYLLABLES[tag][language], READ_AS[tag]).samples)
         if tag == "Laughter":
-            between = _laughed(between, rate)
+            made = _laughed(made, rate)
     else:
         made = breath_sound(tag, rate, rng)
-        wanted = _rms(np.concatenate([before.samples, after.samples])) * 10 ** (LEVEL_DB[tag] / 20)
-        between = np.asarray(made * (wanted / max(1e-9, _rms(made))), np.float32)
-    pause = np.zeros(round(PAUSE_S * rate), np.float32)
-    parts = [_trimmed(before.samples), pause, between, pause, _trimmed(after.samples)]
-    return Waveform(np.concatenate(parts), rate)
+        made = np.asarray(
+            made * (_rms(speech.samples) * 10 ** (LEVEL_DB[tag] / 20) / max(1e-9, _rms(made))), np.float32
+        )
+    return np.pad(made, round(PAUSE_S * rate))
 
 
 def tagged_text(words: Sequence[str], tag: str, at: int, language: str) -> str:

@@ -30,7 +30,7 @@ def plan(hours: float, minutes: float | None, target: Path) -> list[tuple[str, S
     ]
     for name in TRAINED:
         if name == "flow":
-            steps += [("codes", []), ("perturbed", []), ("plain", []), ("mels", [])]
+            steps += [("codes", []), ("perturbed", []), ("sounds", []), ("plain", []), ("mels", [])]
         steps.append((name, bound))
     return [*steps, ("export", [str(target)])]
 

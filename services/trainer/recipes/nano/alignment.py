@@ -7,6 +7,7 @@ groups of two linguistic (60 ms) and three semantic (40 ms). Knows nothing about
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,27 +25,32 @@ def boundaries(row: dict[str, Any]) -> np.ndarray:
     return scaled
 
 
+def words(row: dict[str, Any]) -> np.ndarray | None:
+    """First phoneme of each word of the row's text and the one behind its last, (words, 2); None where text and
+    phonemes have different numbers of words."""
+    ids = np.array([PAUSE, *row["phonemes"], PAUSE])
+    spoken = (ids != SPACE) & (ids != PAUSE)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], spoken, [False]]).astype(int)))
+    found: np.ndarray = edges.reshape(-1, 2) - 1
+    return found if len(found) == len(row["text"].split()) else None
+
+
 def char_starts(row: dict[str, Any]) -> np.ndarray:
     """When each character of the row's text begins, (characters,), never falling.
 
     By words where text and phonemes have as many, evenly within a word; else evenly over the whole.
     """
     text, ends = row["text"], boundaries(row)
-    ids = np.array([PAUSE, *row["phonemes"], PAUSE])
     starts = np.concatenate([[0.0], ends[:-1]])
-    spoken = (ids != SPACE) & (ids != PAUSE)
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], spoken, [False]]).astype(int)))
-    words = edges.reshape(-1, 2)
-    places, at = [], 0
-    for word in text.split():
-        at = text.index(word, at)
-        places.append((at, len(word)))
-        at += len(word)
+    spoken = words(row)
     result = np.zeros(len(text))
-    if len(words) != len(places):
+    if spoken is None:
         return np.linspace(ends[0], starts[-1], len(text), endpoint=False)
-    for (first, last), (place, length) in zip(words, places, strict=True):
-        result[place : place + length] = np.linspace(starts[first], ends[last - 1], length, endpoint=False)
+    at = 0
+    for word, (first, last) in zip(text.split(), spoken + 1, strict=True):
+        place = text.index(word, at)
+        at = place + len(word)
+        result[place:at] = np.linspace(starts[first], ends[last - 1], len(word), endpoint=False)
     return np.maximum.accumulate(result)
 
 
@@ -75,19 +81,35 @@ def source_times(times: np.ndarray, target: dict[str, Any], source: dict[str, An
     return found
 
 
-def groups_outside(pauses: Sequence[tuple[float, float]], groups: int) -> np.ndarray:
-    """Which of the groups of a recording are not, by half or more, in pauses that were put into it, (groups,).
+def speech_span(row: dict[str, Any]) -> tuple[float, float]:
+    """When the first phoneme begins and the last one ends, seconds."""
+    ends = boundaries(row)
+    return float(ends[0]), float(ends[-2])
 
-    Each pause has its place in the recording before any was put in, and its length.
-    """
-    outside, put_in = np.ones(groups, bool), 0.0
-    begins = np.arange(groups) * GROUP_S
+
+def put_in(pauses: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Begin and end of pauses in the recording that has them, each given as its place in the one before any was put in,
+    and its length."""
+    before, found = 0.0, []
     for place, length in pauses:
-        start, end = place + put_in, place + put_in + length
-        inside = np.minimum(begins + GROUP_S, end) - np.maximum(begins, start)
-        outside &= inside < GROUP_S / 2
-        put_in += length
+        found.append((place + before, place + before + length))
+        before += length
+    return found
+
+
+def groups_outside(silences: Sequence[tuple[float, float]], groups: int) -> np.ndarray:
+    """Which of the groups of a recording are not by half or more in a silence (begin and end in seconds), (groups,)."""
+    outside, begins = np.ones(groups, bool), np.arange(groups) * GROUP_S
+    for start, end in silences:
+        outside &= np.minimum(begins + GROUP_S, end) - np.maximum(begins, start) < GROUP_S / 2
     return outside
+
+
+def times_without(times: np.ndarray, at_s: float, length_s: float) -> np.ndarray:
+    """Times of a recording in the one that it was before something was put in; -1 for what was put in."""
+    after = times >= at_s + length_s
+    found: np.ndarray = np.where(after, times - length_s, np.where(times < at_s, times, -1.0))
+    return found
 
 
 class TextPlaces:
@@ -98,7 +120,7 @@ class TextPlaces:
     """
 
     def __init__(self, pieces: list[str]) -> None:
-        self._pieces = pieces
+        self._pieces = [_surface(piece) for piece in pieces]
 
     def __call__(self, ids: list[int], text: str) -> np.ndarray | None:
         """Place in `ids` of the token that holds each character of the last occurrence of the text, (characters,);
@@ -110,3 +132,9 @@ class TextPlaces:
             return None
         places: np.ndarray = np.searchsorted(starts, np.arange(at, at + len(text)), side="right") - 1
         return places
+
+
+def _surface(piece: str) -> str:
+    """The character that a byte's piece stands for, as `[` outside the vocabulary does; other pieces as they are."""
+    byte = re.fullmatch("<0x([0-7][0-9A-F])>", piece)
+    return chr(int(byte[1], 16)) if byte else piece

@@ -18,6 +18,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from services.trainer.data import paralinguistic_sounds
 from services.trainer.recipes.nano import flow, linguistic, llm, semantic, speaker, teacher, text_tokenizer
 from services.trainer.recipes.nano.run import TRAINED, Run
 from shared.checkpoints import manifest
@@ -46,7 +47,7 @@ TRAINED_ON = {
     "emotion": sorted(teacher.EMOTIONS),
     "style": sorted(teacher.STYLES),
     "speed": sorted(teacher.SPEEDS),
-    "paralinguistic": [],
+    "paralinguistic": sorted(paralinguistic_sounds.TAGS),
     "denoise": True,
     "vad": True,
     "languages": ["en", "zh"],

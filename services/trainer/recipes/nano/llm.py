@@ -7,7 +7,7 @@ model finds the words hours earlier that way (guided attention, arXiv 1710.08969
 Some audio tokens of the input are other ones, so that words are read from the text rather than guessed from the sound
 so far, which a model of this size otherwise learns by heart.
 The loss of an audio token is over the codes that its place in the group allows, which is what decoding samples from.
-Needs `codes`, `perturbed` and `plain`.
+Needs `codes`, `perturbed`, `sounds` and `plain`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from services.trainer.recipes.nano import (
     perturbed,
     plain,
     semantic,
+    sounds,
     text_tokenizer,
     texts,
 )
@@ -43,6 +44,8 @@ from shared.prompts import TextTokenizer, Turn, assistant_turn, clone_turns, edi
 from shared.schemas.edit import Edit
 
 SHOWN_LAYERS = (2, 3, 4)
+EDGE_S = 0.05
+"""Of the silence beside speech, what vad leaves."""
 TEXT_HEAD, SOURCE_HEAD = 7, 6
 """The two heads of a layer whose positional bias is the flattest."""
 
@@ -185,6 +188,15 @@ class Examples:
     def __init__(self, coded: Coded, tokenizer: TextTokenizer, recipe: LlmRecipe) -> None:
         self.tokenizer, self.recipe = tokenizer, recipe
         self.pools = {"teacher": Pool([*coded.items, *perturbed.items()]), "cheap": Pool(plain.items())}
+        plain_readings = {
+            item["row"]["index"]: item for item in self.pools["teacher"].items if "speed" not in item["row"]
+        }
+        self.sounding = [
+            (plain_readings[item["row"]["index"]], item | {"clean_mixed": interleave(*item["clean"])})
+            for item in sounds.items()
+            if item["row"]["index"] in plain_readings
+        ]
+        """Readings, each with itself where a sound was put in."""
         self.sentences = [s.text for s in texts.english(assets.prepare().wordnet) if not s.held_out]
         processor = sentencepiece.SentencePieceProcessor(model_file=str(text_tokenizer.tokenizer_file()))
         self._places = alignment.TextPlaces([processor.id_to_piece(i) for i in range(tokenizer.audio_offset)])
@@ -225,21 +237,51 @@ class Examples:
         turns = edit_turns(edit, source["row"]["text"], source["clean_mixed"])
         return self._answered(turns, target, places, given=source)
 
-    def clean(self, rng: np.random.Generator) -> Example:
-        """Denoise: the recording in noise, and the recording. Vad: the recording with pauses, and what is left of its
-        own groups without them, which is copying. Each token has one place to come from, and the source is exact."""
+    def sound(self, rng: np.random.Generator) -> Example:
+        """A reading, and itself with a sound where the new text has its tag; an edit where there are none."""
+        if not self.sounding:
+            return self.edit(rng)
+        source, target = self.sounding[int(rng.integers(len(self.sounding)))]
+        row, count = target["row"], len(target["clean_mixed"])
+        heard = alignment.times_without(alignment.token_times(count), row["at_s"], row["put_in_s"])
+        places = alignment.tokens_at(heard, np.arange(count) % GROUP, len(source["clean_mixed"]))
+        edit = Edit(type="paralinguistic", target_text=row["text"])
+        turns = edit_turns(edit, source["row"]["text"], source["clean_mixed"])
+        return self._answered(turns, target, places, given=source)
+
+    def denoise(self, rng: np.random.Generator) -> Example:
+        """A recording in noise, and the recording."""
         item = self._pool(rng).variant(rng)
-        if rng.random() < 0.6:
-            edit, source = Edit(type="denoise"), item["noisy_mixed"]
-            copied = np.arange(len(item["clean_mixed"]))
+        source = item["noisy_mixed"]
+        copied = np.arange(len(item["clean_mixed"]))
+        return self._copy(Edit(type="denoise"), source, item, np.where(copied < len(source), copied, -1))
+
+    def vad(self, rng: np.random.Generator) -> Example:
+        """A recording with pauses, or two of a voice one after the other, and what is left of its own groups without
+        the silence."""
+        pool = self._pool(rng)
+        if rng.random() < 0.5:
+            item = pool.variant(rng)
+            source, silences = item["paused_mixed"], alignment.put_in(item["pauses"])
         else:
-            edit, source = Edit(type="vad"), item["paused_mixed"]
-            groups = np.arange(len(source)).reshape(-1, GROUP)
-            copied = groups[alignment.groups_outside(item["pauses"], len(groups))].reshape(-1)
-            item = item | {"clean_mixed": source[copied]}
+            item, then = pool.same_voice(rng)
+            source = np.concatenate([item["clean_mixed"], then["clean_mixed"]])
+            joint_s = len(item["clean_mixed"]) // GROUP * alignment.GROUP_S
+            silences = [
+                (
+                    alignment.speech_span(item["row"])[1] + EDGE_S,
+                    joint_s + alignment.speech_span(then["row"])[0] - EDGE_S,
+                )
+            ]
+        groups = np.arange(len(source)).reshape(-1, GROUP)
+        copied = groups[alignment.groups_outside(silences, len(groups))].reshape(-1)
+        return self._copy(Edit(type="vad"), source, item | {"clean_mixed": source[copied]}, copied)
+
+    def _copy(self, edit: Edit, source: np.ndarray, target: Item, copied: np.ndarray) -> Example:
+        """An edit that says the source again: each token comes from one place of it (`copied`, -1 for none), so what is
+        learned first is to copy, and the source is read as it is."""
         places = np.stack([copied, np.full_like(copied, -1), np.full_like(copied, -1)], 1)
-        places[copied >= len(source)] = -1
-        example = self._answered(edit_turns(edit, None, source), item, places)
+        example = self._answered(edit_turns(edit, None, source), target, places)
         return example._replace(exact=~example.learned)
 
     def _answered(
@@ -304,8 +346,9 @@ class Examples:
         if share < self.recipe.text_until:
             return self.text
         if share < self.recipe.plain_until:
-            return (self.plain, self.clean, self.text)[int(rng.choice(3, p=[0.6, 0.35, 0.05]))]
-        return (self.clone, self.edit, self.clean, self.plain)[int(rng.choice(4, p=[0.34, 0.36, 0.22, 0.08]))]
+            return (self.plain, self.denoise, self.vad, self.text)[int(rng.choice(4, p=[0.6, 0.2, 0.15, 0.05]))]
+        kinds = (self.clone, self.edit, self.denoise, self.vad, self.sound, self.plain)
+        return kinds[int(rng.choice(6, p=[0.32, 0.33, 0.1, 0.1, 0.08, 0.07]))]
 
 
 def edit_between(source: str, target: str) -> Edit:

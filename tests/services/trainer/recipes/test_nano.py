@@ -6,7 +6,7 @@ import io
 import json
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from services.trainer.recipes.nano import (
+    alignment,
     augment,
     bundle,
     codes,
@@ -26,6 +27,7 @@ from services.trainer.recipes.nano import (
     llm,
     perturbed,
     restore,
+    sounds,
     text_tokenizer,
     texts,
 )
@@ -270,7 +272,7 @@ def test_a_reading_at_another_speed_is_one_of_another_voice_and_its_mel_is_as_lo
 
 def reading(voice_name: str, group: int) -> codes.Item:
     """A reading of one group of codes."""
-    row = {"group": group, "voice_name": voice_name, "manner": "neutral", "text": "Yes."}
+    row = {"index": group, "group": group, "voice_name": voice_name, "manner": "neutral", "text": "Yes."}
     return {"row": row, "clean": (np.arange(2), np.arange(3))}
 
 
@@ -284,7 +286,8 @@ def drawing(monkeypatch: pytest.MonkeyPatch) -> Callable[..., llm.Examples]:
     monkeypatch.setattr(llm.text_tokenizer, "tokenizer_file", lambda: NANO / "Step-Audio-EditX" / "tokenizer.model")
     tokenizer = TextTokenizer.from_file(NANO / "Step-Audio-EditX" / "tokenizer.model")
 
-    def draw(items: list[codes.Item], **recipe: Any) -> llm.Examples:
+    def draw(items: list[codes.Item], sounding: Sequence[codes.Item] = (), **recipe: Any) -> llm.Examples:
+        monkeypatch.setattr(llm.sounds, "items", lambda: sounding)
         settings = llm.LlmRecipe(steps=1, tokens=64, **recipe)
         return llm.Examples(SimpleNamespace(items=items), tokenizer, settings)  # type: ignore[arg-type]
 
@@ -308,15 +311,59 @@ def test_what_is_left_without_pauses_is_copied_from_an_exact_source(drawing: Cal
     paused = (np.arange(20) + 3, np.arange(30) + 7)
     plain = reading("af_sky", 0)
     varied = plain | {"noisy": plain["clean"], "paused": paused, "pauses": [(0.29, 0.38)]}
-    examples = drawing([varied, reading("af_sky", 1)] * 2, teachers=1.0)
+    said = {"phonemes": [43, 44], "frames": [1, 1, 1, 1], "duration_s": 1.2}  # speech from 0.3 to 0.9 s of ten groups
+    readings = [r | {"row": r["row"] | said, "clean": paused} for r in (varied, reading("af_sky", 1))]
+    examples = drawing(readings, teachers=1.0)
     rng = np.random.default_rng(0)
-    drawn = [examples.clean(rng) for _ in range(30)]
-    vad = [example for example in drawn if example.learned.sum() > 10]
-    assert 0 < len(vad) < 30
-    for example in vad:
+    drawn = [examples.vad(rng) for _ in range(30)]
+    lengths = set()
+    for example in drawn:
         shown = np.flatnonzero(example.source[:, 0] >= 0)
-        assert len(shown) == 5 * (10 - 4)
+        lengths.add(len(shown) // 5)
         assert (example.ids[example.source[shown, 0]] == example.ids[shown + 1]).all()
         assert (example.source[:, 1:] == -1).all()
         assert example.exact[example.source[shown, 0]].all()
         assert not example.exact[example.learned].any()
+    assert lengths == {10 - 4, 20 - 4}  # pauses put in; the silence from 0.95 to 1.45 s between two readings
+
+
+def test_a_sound_is_put_in_where_its_tag_stands() -> None:
+    rate = sounds.RATE_HZ
+    audio = np.concatenate([np.full(round(0.8 * rate), 0.1), np.full(round(0.8 * rate), 0.2)]).astype(np.float32)
+    audio[round(0.79 * rate) : round(0.81 * rate)] = 0
+    row = {
+        "text": "Ab cd.",
+        "language": "en",
+        "phonemes": [43, 44, 16, 46, 47, 4],
+        "frames": [2] * 8,
+        "duration_s": 1.6,
+    }
+    record, made = sounds.with_sound(row, audio, np.full(round(0.4 * rate), 0.5, np.float32), "Sigh", 1)
+    assert record["text"] == "Ab [Sigh] cd."
+    assert record["duration_s"] == pytest.approx(2.0)
+    assert record["at_s"] == pytest.approx(0.8, abs=0.01)
+    assert (made[round(0.81 * rate) : round(1.19 * rate)] == 0.5).all()
+    starts = alignment.char_starts(record)
+    assert starts[[3, 10]] == pytest.approx([0.8, 1.2])
+    assert alignment.words(row | {"text": "Ab"}) is None
+
+
+def test_a_sound_is_learned_from_a_reading_and_itself_with_it(drawing: Callable[..., llm.Examples]) -> None:
+    source = reading("af_sky", 0) | {"clean": (np.arange(8) + 3, np.arange(12) + 7)}
+    source["row"] |= {"index": 4, "text": "Ab cd.", "phonemes": [43, 44, 16, 46, 47, 4], "frames": [1] * 8}
+    source["row"] |= {"duration_s": 0.48, "language": "en"}
+    changes = {
+        "text": "Ab [Sigh] cd.",
+        "phonemes": [43, 44, 16, -1, 16, 46, 47, 4],
+        "frames": [1] * 4 + [4, 0] + [1] * 4,
+    }
+    row = source["row"] | changes | {"duration_s": 0.72, "at_s": 0.24, "put_in_s": 0.24}
+    target = {"row": row, "clean": (np.arange(12) + 30, np.arange(18) + 70)}
+    examples = drawing([source, reading("af_sky", 1)], sounding=[target])
+    example = examples.sound(np.random.default_rng(0))
+    first = len(example.ids) - 1 - 30
+    seen = example.source[first - 1 : first + 29, 1] >= 0
+    assert seen[:10].all()
+    assert not seen[10:20].any()
+    assert seen[20:].all()
+    assert (example.text[first - 1 : first + 29] >= 0).any(1).all()

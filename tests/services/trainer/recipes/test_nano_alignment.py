@@ -59,9 +59,17 @@ def test_a_slower_reading_is_found_at_half_the_time() -> None:
 
 def test_groups_in_pauses_are_left_out() -> None:
     # groups of 0.12 s; silence from 0.29 to 0.67 s (2.4 to 5.6 groups) and from 0.88 to 1.12 s (7.3 to 9.3)
-    outside = alignment.groups_outside([(0.29, 0.38), (0.50, 0.24)], 11)
-    assert np.flatnonzero(~outside).tolist() == [2, 3, 4, 5, 7, 8]
+    silences = alignment.put_in([(0.29, 0.38), (0.50, 0.24)])
+    assert np.allclose(silences, [(0.29, 0.67), (0.88, 1.12)])
+    assert np.flatnonzero(~alignment.groups_outside(silences, 11)).tolist() == [2, 3, 4, 5, 7, 8]
     assert alignment.groups_outside([], 3).all()
+    assert alignment.speech_span(ROW) == pytest.approx((0.2, 1.4))
+
+
+def test_what_was_put_in_has_no_place_in_what_was_before() -> None:
+    times = alignment.times_without(np.array([0.1, 0.5, 0.9]), 0.4, 0.3)
+    assert np.allclose(times, [0.1, -1.0, 0.6])
+    assert (alignment.tokens_at(times, np.array([0, 1, 2]), 30)[1] == -1).all()
 
 
 def test_a_text_is_found_where_it_stands_last() -> None:
