@@ -29,8 +29,9 @@ import torch
 
 from benchmarks.griffin_lim import mel_to_wave
 from editx import Editor
+from services.trainer.data.paralinguistic_sounds import TAGS, tagged_text, with_sound
 from services.trainer.evaluate.judges import Judges, similarity, word_error_rate
-from services.trainer.recipes.nano import assets, augment, corpus, teacher, texts
+from services.trainer.recipes.nano import assets, augment, corpus, sounds, teacher, texts
 from shared.audio.features import prompt_mel
 from shared.audio.io import Waveform, read_audio
 from shared.errors import EditxError
@@ -42,6 +43,9 @@ DIRECTION_SHARE = 0.5
 """An edit counts when it moves every asked measure at least half as far as the teacher does."""
 MARGINS = {"f0_hz": 0.04, "f0_spread": 0.12, "level_db": 1.0, "duration_s": 0.06}
 """What of the teacher's own change counts as asked: relative, but for the level (dB)."""
+
+SOUND_S = 0.15
+"""A sound counts when so much more of the recording can be heard than before."""
 
 
 @dataclass(frozen=True)
@@ -242,11 +246,60 @@ def cleaning(editor: Editor, judges: Judges, source: Source, number: int) -> dic
     }
 
 
+def paralinguistic(editor: Editor, judges: Judges, source: Source, number: int) -> dict[str, Scores]:
+    """Put each sound into the middle of `number` clips: whether it is there, words and voice kept.
+
+    Beside it the teacher's own through the codes and the decoder, and the same edit without a tag, which shows how
+    often a sound is found by chance.
+    """
+    voices = sounds.Voices()
+    made: dict[str, list[tuple[str, Clip, np.ndarray]]] = {
+        "teacher's, through the codes": [],
+        "editx": [],
+        "no tag": [],
+    }
+    for tag in TAGS:
+        for clip in source.clips(number, first=400):
+            words = clip.text.split()
+            say = voices.of({"voice_name": clip.voice, "voice": {clip.voice: 1.0}})
+            spoken = with_sound(
+                words, tag, len(words) // 2, "en", lambda t, m, s=say: s(t, m), np.random.default_rng(SEED)
+            )  # type: ignore[misc]
+            heard = editor.decode(editor.tokenize(spoken), editor.tokenize(clip.waveform), seed=SEED)
+            made["teacher's, through the codes"].append((tag, clip, to_16k(heard.samples)))
+            for name, text in (("editx", tagged_text(words, tag, len(words) // 2, "en")), ("no tag", clip.text)):
+                audio = attempt(
+                    lambda c=clip, t=text: editor.edit(c.waveform, text=c.text, paralinguistic=t, seed=SEED)
+                )  # type: ignore[misc]
+                made[name].append((tag, clip, audio))
+    return {name: _sound_scores(judges, results) for name, results in made.items()}
+
+
+def _sound_scores(judges: Judges, results: Sequence[tuple[str, Clip, np.ndarray]]) -> Scores:
+    there: dict[str, list[bool]] = {tag: [] for tag in TAGS}
+    for tag, clip, audio in results:
+        there[tag].append(audible_s(audio) - audible_s(clip.at_16k) >= SOUND_S)
+    clips, outputs = [clip for _, clip, _ in results], [audio for _, _, audio in results]
+    shares = {f"{tag} there %": 100 * float(np.mean(found)) for tag, found in there.items()}
+    return shares | score(judges, outputs, clips, [clip.at_16k for clip in clips])
+
+
+def audible_s(audio_16k: np.ndarray) -> float:
+    """Seconds of 20 ms frames within 40 dB of the loudest."""
+    level = frame_levels(audio_16k)
+    return float((level > level.max() - 40.0).sum()) * 0.02 if len(level) else 0.0
+
+
+def frame_levels(audio_16k: np.ndarray) -> np.ndarray:
+    """Level of each 20 ms frame, dB."""
+    frames = audio_16k[: len(audio_16k) // 320 * 320].reshape(-1, 320)
+    return np.asarray(10 * np.log10((frames**2).mean(1) + 1e-10))
+
+
 def longest_pause_s(audio_16k: np.ndarray, floor_db: float = -35.0) -> float:
     """The longest run of 20 ms frames that lie `floor_db` below the loudest, between the first and the last loud
     one."""
-    frames = audio_16k[: len(audio_16k) // 320 * 320].reshape(-1, 320)
-    level = 10 * np.log10((frames**2).mean(1) + 1e-10)
+    level = frame_levels(audio_16k)
     loud = np.flatnonzero(level > level.max() + floor_db)
     return float(np.diff(loud).max() - 1) * 0.02 if len(loud) > 1 else 9.9
 
@@ -308,9 +361,9 @@ def table(title: str, rows: dict[str, Scores]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="nano")
-    parser.add_argument("--parts", default="footprint,resynthesis,real,clone,edits,cleaning")
+    parser.add_argument("--parts", default="footprint,resynthesis,real,clone,edits,cleaning,sounds")
     parser.add_argument(
-        "--clips", type=int, default=50, help="of resynthesis and clone; edits and cleaning take a tenth each"
+        "--clips", type=int, default=50, help="of resynthesis and clone; edits, cleaning and sounds take a tenth each"
     )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -342,6 +395,9 @@ def main() -> None:
         if "cleaning" in parts:
             results["Cleaning"] = cleaning(editor, judges, source, few + few % 2)
             print(table("Denoise and vad", results["Cleaning"]), flush=True)
+        if "sounds" in parts:
+            results["Paralinguistic"] = paralinguistic(editor, judges, source, few)
+            print(table("Paralinguistic", results["Paralinguistic"]), flush=True)
         print(
             f"\n{time.perf_counter() - began:.0f} s on {os.cpu_count()} cores, "
             f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB at most"

@@ -126,7 +126,7 @@ def with_pauses(audio: np.ndarray, number: int, rng: np.random.Generator) -> tup
 
 Item = dict[str, Any]
 """A row with its codes: "row", "clean" and where made "noisy" and "paused" (pairs of linguistic and semantic codes),
-"pauses", and of rows in the store "speaker"."""
+"pauses", and of some "speaker" (192,) and "mel" (frames, 80) float16."""
 
 
 def save_items(items: Sequence[Item], target: Path) -> None:
@@ -139,6 +139,9 @@ def save_items(items: Sequence[Item], target: Path) -> None:
         arrays[f"{name}_lengths"] = np.array([(len(a), len(b)) for a, b in pairs])
     if "speaker" in items[0]:
         arrays["speaker"] = np.stack([item["speaker"] for item in items])
+    if "mel" in items[0]:
+        arrays["mel"] = np.concatenate([item["mel"] for item in items])
+        arrays["mel_lengths"] = np.array([len(item["mel"]) for item in items])
     rows = [{"row": item["row"], "pauses": item.get("pauses", [])} for item in items]
     arrays["rows"] = np.frombuffer(json.dumps(rows).encode(), np.uint8)
     partial = target.with_suffix(".partial.npz")
@@ -150,6 +153,7 @@ def load_items(file: Path) -> Iterator[Item]:
     """What `save_items` wrote."""
     data = dict(np.load(file))
     ends = {name: np.cumsum(data[f"{name}_lengths"], axis=0) for name in VARIANTS}
+    mels = np.split(data["mel"], np.cumsum(data["mel_lengths"])[:-1]) if "mel" in data else []
     for k, item in enumerate(json.loads(data["rows"].tobytes())):
         for name in VARIANTS:
             stop, length = ends[name][k], data[f"{name}_lengths"][k]
@@ -160,6 +164,8 @@ def load_items(file: Path) -> Iterator[Item]:
                 )
         if "speaker" in data:
             item["speaker"] = data["speaker"][k]
+        if mels:
+            item["mel"] = mels[k]
         yield item
 
 

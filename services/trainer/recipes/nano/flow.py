@@ -4,8 +4,9 @@ services.trainer.recipes.nano.flow`.
 The encoder's rough mel is trained by regression beside the flow matching (as in Grad-TTS, arXiv 2105.06337), which
 at this size is what makes it converge in hours of CPU; the code embeddings start from the tokenizers' own
 centroids. Half of the excerpts are the cheap readings of `mels`, a quarter the teacher's at other speeds
-(`perturbed`). Some codes of the input are other ones, as those of voices that the tokenizers never heard will be. Needs
-`codes`, `perturbed` and `mels`.
+(`perturbed`), and some have a breath, a sigh, an "um" or a laugh in them (`sounds`): without those a breath's codes
+are decoded to silence. Some codes of the input are other ones, as those of voices that the tokenizers never heard will
+be. Needs `codes`, `perturbed`, `mels` and `sounds`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import soxr
 import torch
 from torch import Tensor
 
-from services.trainer.recipes.nano import linguistic, mels, perturbed, semantic
+from services.trainer.recipes.nano import linguistic, mels, perturbed, semantic, sounds
 from services.trainer.recipes.nano.codes import Coded, Item
 from services.trainer.recipes.nano.run import Optimizer, Run, cosine, count_parameters, pick_device, set_lr
 from services.trainer.recipes.nano.teacher import SAMPLE_RATE_HZ
@@ -64,6 +65,8 @@ class FlowRecipe:
     """Share of the excerpts by virtual speakers of `mels`."""
     perturbed: float = 0.25
     """Share of the excerpts by the teacher at another speed."""
+    sounding: float = 0.08
+    """Share of the excerpts with a sound between two words."""
     replaced: float = 0.05
     """Share of the tokens that are others of their kind."""
 
@@ -103,8 +106,10 @@ def start_embedding(flow: Flow) -> None:
 class Batches:
     """Excerpts on the grid of groups: token pairs, mel, speaker vector."""
 
-    def __init__(self, coded: Coded, at_speeds: list[Item], cheap: list[Item], recipe: FlowRecipe) -> None:
-        self.coded, self.at_speeds, self.cheap, self.recipe = coded, at_speeds, cheap, recipe
+    def __init__(
+        self, coded: Coded, at_speeds: list[Item], cheap: list[Item], sounding: list[Item], recipe: FlowRecipe
+    ) -> None:
+        self.coded, self.at_speeds, self.cheap, self.sounding, self.recipe = coded, at_speeds, cheap, sounding, recipe
         self._mels: dict[tuple[int, float], np.ndarray] = {}
 
     def mel(self, row: dict[str, Any]) -> np.ndarray:
@@ -120,8 +125,11 @@ class Batches:
     def _item(self, rng: np.random.Generator) -> tuple[Item, np.ndarray]:
         """A reading and its mel (frames, 80)."""
         kind = rng.random()
-        if self.cheap and kind < self.recipe.cheap:
-            item = self.cheap[int(rng.integers(len(self.cheap)))]
+        ready = self.cheap if kind < self.recipe.cheap else []
+        if self.sounding and rng.random() < self.recipe.sounding:
+            ready = self.sounding
+        if ready:
+            item = ready[int(rng.integers(len(ready)))]
             return item, item["mel"]
         teachers = self.at_speeds if self.at_speeds and kind > 1 - self.recipe.perturbed else self.coded.items
         item = teachers[int(rng.integers(len(teachers)))]
@@ -171,12 +179,11 @@ def main() -> None:
     optimizer = Optimizer(flow, recipe.lr, outside=("embedding",))
     parts = {"model": flow, "average": average, "optimizers": optimizer}
     run = Run("flow", parts, arguments.steps or recipe.steps, arguments.minutes)
-    batches = Batches(Coded(), list(perturbed.items()), list(mels.items()), recipe)
-    print(
-        f"flow: {count_parameters(flow):.2f} M parameters, {len(batches.coded)} rows of the corpus, "
-        f"{len(batches.at_speeds)} at other speeds and {len(batches.cheap)} cheap ones on {device}",
-        flush=True,
-    )
+    batches = Batches(Coded(), list(perturbed.items()), list(mels.items()), list(sounds.items()), recipe)
+    rows = {"of the corpus": batches.coded, "at other speeds": batches.at_speeds, "with sounds": batches.sounding,
+            "cheap": batches.cheap}  # fmt: skip
+    counts = ", ".join(f"{len(items)} {name}" for name, items in rows.items())
+    print(f"flow: {count_parameters(flow):.2f} M parameters, rows: {counts}, on {device}", flush=True)
     while run.going:
         pairs, lengths, mel, mel_lengths, speaker = (x.to(device) for x in batches.draw(run.rng()))
         set_lr(optimizer, cosine(run.step, run.steps, recipe.lr, recipe.final_lr, warmup=200))

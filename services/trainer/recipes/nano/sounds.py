@@ -1,4 +1,4 @@
-"""The teacher's readings with a sound put between two words, as codes: what paralinguistic edits lead to.
+"""The teacher's readings with a sound put between two words, as codes and mels: what paralinguistic edits lead to.
 
 Breaths and sighs are made, "um" and laughter are syllables that the teacher says in the reading's voice
 (`services.trainer.data.paralinguistic_sounds`). English readings, each with one sound. `python -m
@@ -21,6 +21,7 @@ from services.trainer.data.paralinguistic_sounds import TAGS, Say, sound, tagged
 from services.trainer.recipes.nano import alignment, assets, corpus, teacher
 from services.trainer.recipes.nano.codes import Item, load_items, open_tokenizers, save_items
 from services.trainer.recipes.nano.features import Store
+from shared.audio.features import prompt_mel
 from shared.audio.io import Waveform
 
 SOUND = -1
@@ -30,7 +31,8 @@ SEARCH_S, FADE_S = 0.05, 0.005
 
 
 def items() -> Iterator[Item]:
-    """What was written so far. A row's index is that of the reading; "at_s" and "put_in_s" say where and how much."""
+    """What was written so far, each with "speaker" and "mel". A row's index is that of the reading, "at_s" and
+    "put_in_s" say where and how much."""
     for file in sorted((assets.data_dir() / "sounds").glob("shard-?????.npz")):
         yield from load_items(file)
 
@@ -125,7 +127,10 @@ def main() -> None:
             kept = {key: value for key, value in row.items() if key != "spans"}
             record, audio = with_sound(kept, speech.samples, between, tag, word)
             audio_16k = np.asarray(soxr.resample(audio, RATE_HZ, 16_000), np.float32)
-            made.append({"row": record, "clean": tokenizers(audio_16k)})
+            mel = prompt_mel(torch.from_numpy(audio)).numpy().astype(np.float16)
+            made.append(
+                {"row": record, "clean": tokenizers(audio_16k), "speaker": tokenizers.voice(audio_16k), "mel": mel}
+            )
         save_items(made, target)
         print(f"{target.name}: {len(made)} rows", flush=True)
 

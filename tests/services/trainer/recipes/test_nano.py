@@ -245,7 +245,7 @@ def test_replaced_codes_of_an_excerpt_keep_their_kind_and_padding_stays() -> Non
     mel, speaker = rng.normal(size=(60, 80)).astype(np.float16), rng.normal(size=192).astype(np.float32)
     cheap = [{"clean": (linguistic, semantic), "mel": mel, "speaker": speaker}]
     recipe = flow.FlowRecipe(steps=1, batch=3, groups=8, cheap=1.0, replaced=1.0)
-    pairs, lengths, _, mel_lengths, _ = flow.Batches(None, [], cheap, recipe).draw(rng)  # type: ignore[arg-type]
+    pairs, lengths, _, mel_lengths, _ = flow.Batches(None, [], cheap, [], recipe).draw(rng)  # type: ignore[arg-type]
     assert lengths.tolist() == [24] * 3
     assert mel_lengths.tolist() == [48] * 3
     assert (pairs[:, 2::3, 0] == 1024).all()
@@ -253,7 +253,7 @@ def test_replaced_codes_of_an_excerpt_keep_their_kind_and_padding_stays() -> Non
     assert int(spoken.max()) < 1024
     assert int(pairs[..., 1].min()) >= 1025
     assert int(pairs[..., 1].max()) < 1025 + 4096
-    kept = flow.Batches(None, [], cheap, flow.FlowRecipe(steps=1, batch=1, groups=10, cheap=1.0, replaced=0.0))  # type: ignore[arg-type]
+    kept = flow.Batches(None, [], cheap, [], flow.FlowRecipe(steps=1, batch=1, groups=10, cheap=1.0, replaced=0.0))  # type: ignore[arg-type]
     pairs, *_ = kept.draw(rng)
     assert (pairs[0, :, 1].numpy() - 1025).tolist() == semantic.tolist()
 
@@ -266,7 +266,7 @@ def test_a_reading_at_another_speed_is_one_of_another_voice_and_its_mel_is_as_lo
     assert len({5, *(other["group"] for other in others)}) == 5, "its own group, as its voice is its own"
     store = SimpleNamespace(audio=lambda _: voice(2.2))
     coded = SimpleNamespace(store=store, position={7: 0}, items=[])
-    batches = flow.Batches(coded, [], [], flow.FlowRecipe(steps=1, batch=1))  # type: ignore[arg-type]
+    batches = flow.Batches(coded, [], [], [], flow.FlowRecipe(steps=1, batch=1))  # type: ignore[arg-type]
     assert [len(batches.mel(which)) for which in (row, faster)] == [110, 98]
 
 
