@@ -12,7 +12,7 @@ be. Needs `codes`, `perturbed`, `mels` and `sounds`.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,8 +180,10 @@ def main() -> None:
     parts = {"model": flow, "average": average, "optimizers": optimizer}
     run = Run("flow", parts, arguments.steps or recipe.steps, arguments.minutes)
     batches = Batches(Coded(), list(perturbed.items()), list(mels.items()), list(sounds.items()), recipe)
-    rows = {"of the corpus": batches.coded, "at other speeds": batches.at_speeds, "with sounds": batches.sounding,
-            "cheap": batches.cheap}  # fmt: skip
+    rows: dict[str, Sized] = {
+        "of the corpus": batches.coded, "at other speeds": batches.at_speeds, "with sounds": batches.sounding,
+        "cheap": batches.cheap,
+    }  # fmt: skip
     counts = ", ".join(f"{len(items)} {name}" for name, items in rows.items())
     print(f"flow: {count_parameters(flow):.2f} M parameters, rows: {counts}, on {device}", flush=True)
     while run.going:
