@@ -270,6 +270,28 @@ def test_a_reading_at_another_speed_is_one_of_another_voice_and_its_mel_is_as_lo
     assert [len(batches.mel(which)) for which in (row, faster)] == [110, 98]
 
 
+def test_readings_with_sounds_keep_their_mels_and_have_their_share_of_the_excerpts(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lengths = (60, 36)
+    mels = [rng.normal(size=(length, 80)).astype(np.float16) for length in lengths]
+    made = [
+        {
+            "row": {"index": k},
+            "clean": (np.arange(len(m) // 3), np.arange(len(m) // 2)),
+            "mel": m,
+            "speaker": np.zeros(192),
+        }
+        for k, m in enumerate(mels)
+    ]
+    codes.save_items(made, tmp_path / "shard-00000.npz")
+    kept = list(codes.load_items(tmp_path / "shard-00000.npz"))
+    assert all((item["mel"] == mel).all() for item, mel in zip(kept, mels, strict=True))
+    recipe = flow.FlowRecipe(steps=1, batch=1, cheap=1.0, sounding=0.2)
+    batches = flow.Batches(None, [], [{"mel": None}], kept, recipe)  # type: ignore[arg-type]
+    share = np.mean([batches._item(rng)[1] is not None for _ in range(2000)])
+    assert 0.17 < share < 0.23
+
+
 def reading(voice_name: str, group: int) -> codes.Item:
     """A reading of one group of codes."""
     row = {"index": group, "group": group, "voice_name": voice_name, "manner": "neutral", "text": "Yes."}
