@@ -45,7 +45,7 @@ MARGINS = {"f0_hz": 0.04, "f0_spread": 0.12, "level_db": 1.0, "duration_s": 0.06
 """What of the teacher's own change counts as asked: relative, but for the level (dB)."""
 
 SOUND_S = 0.15
-"""A sound counts when so much more of the recording can be heard than before."""
+"""A sound counts when so much more of a recording can be heard than without it."""
 
 
 @dataclass(frozen=True)
@@ -249,39 +249,34 @@ def cleaning(editor: Editor, judges: Judges, source: Source, number: int) -> dic
 def paralinguistic(editor: Editor, judges: Judges, source: Source, number: int) -> dict[str, Scores]:
     """Put each sound into the middle of `number` clips: whether it is there, words and voice kept.
 
-    Beside it the teacher's own through the codes and the decoder, and the same edit without a tag, which shows how
-    often a sound is found by chance.
+    A sound is there when so much more can be heard than without it: in the teacher's own through the codes than in the
+    source through them, in an edit than in the same edit without a tag.
     """
     voices = sounds.Voices()
-    made: dict[str, list[tuple[str, Clip, np.ndarray]]] = {
-        "teacher's, through the codes": [],
-        "editx": [],
-        "no tag": [],
-    }
-    for tag in TAGS:
-        for clip in source.clips(number, first=400):
-            words = clip.text.split()
-            say = voices.of({"voice_name": clip.voice, "voice": {clip.voice: 1.0}})
-            spoken = with_sound(
-                words, tag, len(words) // 2, "en", lambda t, m, s=say: s(t, m), np.random.default_rng(SEED)
-            )  # type: ignore[misc]
-            heard = editor.decode(editor.tokenize(spoken), editor.tokenize(clip.waveform), seed=SEED)
-            made["teacher's, through the codes"].append((tag, clip, to_16k(heard.samples)))
-            for name, text in (("editx", tagged_text(words, tag, len(words) // 2, "en")), ("no tag", clip.text)):
-                audio = attempt(
-                    lambda c=clip, t=text: editor.edit(c.waveform, text=c.text, paralinguistic=t, seed=SEED)
-                )  # type: ignore[misc]
-                made[name].append((tag, clip, audio))
-    return {name: _sound_scores(judges, results) for name, results in made.items()}
+    without, teachers = "without: the source, through the codes", "with: the teacher's, through the codes"
+    untagged, edited = "without: editx, no tag", "with: editx"
+    made: dict[str, list[np.ndarray]] = {name: [] for name in (without, teachers, untagged, edited)}
+    clips = source.clips(number, first=400)
+    for clip in clips:
+        tokens, words = editor.tokenize(clip.waveform), clip.text.split()
+        say, middle = voices.of({"voice_name": clip.voice, "voice": {clip.voice: 1.0}}), len(words) // 2
 
+        def say_again(text: str, clip: Clip = clip) -> np.ndarray:
+            return attempt(lambda: editor.edit(clip.waveform, text=clip.text, paralinguistic=text, seed=SEED))
 
-def _sound_scores(judges: Judges, results: Sequence[tuple[str, Clip, np.ndarray]]) -> Scores:
-    there: dict[str, list[bool]] = {tag: [] for tag in TAGS}
-    for tag, clip, audio in results:
-        there[tag].append(audible_s(audio) - audible_s(clip.at_16k) >= SOUND_S)
-    clips, outputs = [clip for _, clip, _ in results], [audio for _, _, audio in results]
-    shares = {f"{tag} there %": 100 * float(np.mean(found)) for tag, found in there.items()}
-    return shares | score(judges, outputs, clips, [clip.at_16k for clip in clips])
+        made[without] += [to_16k(editor.decode(tokens, tokens, seed=SEED).samples)] * len(TAGS)
+        made[untagged] += [say_again(clip.text)] * len(TAGS)
+        for tag in TAGS:
+            spoken = editor.tokenize(with_sound(words, tag, middle, "en", say, np.random.default_rng(SEED)))
+            made[teachers].append(to_16k(editor.decode(spoken, tokens, seed=SEED).samples))
+            made[edited].append(say_again(tagged_text(words, tag, middle, "en")))
+    said = [clip for clip in clips for _ in TAGS]
+    results = {name: score(judges, outputs, said, [c.at_16k for c in said]) for name, outputs in made.items()}
+    for name, base in ((teachers, without), (edited, untagged)):
+        more = np.array([audible_s(a) - audible_s(b) for a, b in zip(made[name], made[base], strict=True)])
+        there = 100 * (more.reshape(-1, len(TAGS)) >= SOUND_S).mean(0)
+        results[name] = {f"{tag} there %": float(share) for tag, share in zip(TAGS, there, strict=True)} | results[name]
+    return results
 
 
 def audible_s(audio_16k: np.ndarray) -> float:

@@ -46,6 +46,8 @@ from shared.schemas.edit import Edit
 SHOWN_LAYERS = (2, 3, 4)
 EDGE_S = 0.05
 """Of the silence beside speech, what vad leaves."""
+LONGEST_SILENCE = 12
+"""Groups put between two readings, which are silent at their own ends as well."""
 TEXT_HEAD, SOURCE_HEAD = 7, 6
 """The two heads of a layer whose positional bias is the flattest."""
 
@@ -257,25 +259,29 @@ class Examples:
         return self._copy(Edit(type="denoise"), source, item, np.where(copied < len(source), copied, -1))
 
     def vad(self, rng: np.random.Generator) -> Example:
-        """A recording with pauses, or two of a voice one after the other, and what is left of its own groups without
-        the silence."""
+        """A recording with pauses, or two with a silence between them, and what is left of its own groups without."""
         pool = self._pool(rng)
-        if rng.random() < 0.5:
+        if rng.random() < 0.4:
             item = pool.variant(rng)
             source, silences = item["paused_mixed"], alignment.put_in(item["pauses"])
         else:
             item, then = pool.same_voice(rng)
-            source = np.concatenate([item["clean_mixed"], then["clean_mixed"]])
-            joint_s = len(item["clean_mixed"]) // GROUP * alignment.GROUP_S
-            silences = [
-                (
-                    alignment.speech_span(item["row"])[1] + EDGE_S,
-                    joint_s + alignment.speech_span(then["row"])[0] - EDGE_S,
-                )
-            ]
+            then = pool.reading(rng) if rng.random() < 0.5 else then
+            source = np.concatenate([item["clean_mixed"], self._silence(rng, pool), then["clean_mixed"]])
+            joint_s = (len(source) - len(then["clean_mixed"])) // GROUP * alignment.GROUP_S
+            begin_s, end_s = alignment.speech_span(item["row"])[1], joint_s + alignment.speech_span(then["row"])[0]
+            silences = [(begin_s + EDGE_S, end_s - EDGE_S)]
         groups = np.arange(len(source)).reshape(-1, GROUP)
         copied = groups[alignment.groups_outside(silences, len(groups))].reshape(-1)
         return self._copy(Edit(type="vad"), source, item | {"clean_mixed": source[copied]}, copied)
+
+    def _silence(self, rng: np.random.Generator, pool: Pool) -> np.ndarray:
+        """Up to LONGEST_SILENCE groups of a pause of some recording, over and over."""
+        item = pool.variant(rng)
+        groups = item["paused_mixed"].reshape(-1, GROUP)
+        silent = groups[~alignment.groups_outside(alignment.put_in(item["pauses"]), len(groups))]
+        wanted = np.arange(int(rng.integers(LONGEST_SILENCE + 1))) if len(silent) else np.arange(0)
+        return np.asarray(silent[wanted % max(1, len(silent))].reshape(-1))
 
     def _copy(self, edit: Edit, source: np.ndarray, target: Item, copied: np.ndarray) -> Example:
         """An edit that says the source again: each token comes from one place of it (`copied`, -1 for none), so what is
@@ -348,7 +354,7 @@ class Examples:
         if share < self.recipe.plain_until:
             return (self.plain, self.denoise, self.vad, self.text)[int(rng.choice(4, p=[0.6, 0.2, 0.15, 0.05]))]
         kinds = (self.clone, self.edit, self.denoise, self.vad, self.sound, self.plain)
-        return kinds[int(rng.choice(6, p=[0.32, 0.33, 0.1, 0.1, 0.08, 0.07]))]
+        return kinds[int(rng.choice(6, p=[0.31, 0.31, 0.1, 0.14, 0.08, 0.06]))]
 
 
 def edit_between(source: str, target: str) -> Edit:

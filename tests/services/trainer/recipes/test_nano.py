@@ -337,16 +337,18 @@ def test_what_is_left_without_pauses_is_copied_from_an_exact_source(drawing: Cal
     readings = [r | {"row": r["row"] | said, "clean": paused} for r in (varied, reading("af_sky", 1))]
     examples = drawing(readings, teachers=1.0)
     rng = np.random.default_rng(0)
-    drawn = [examples.vad(rng) for _ in range(30)]
-    lengths = set()
+    drawn = [examples.vad(rng) for _ in range(60)]
+    lengths, sources = set(), set()
     for example in drawn:
         shown = np.flatnonzero(example.source[:, 0] >= 0)
         lengths.add(len(shown) // 5)
+        sources.add((int((example.ids >= examples.tokenizer.audio_offset).sum()) - len(shown)) // 5)
         assert (example.ids[example.source[shown, 0]] == example.ids[shown + 1]).all()
         assert (example.source[:, 1:] == -1).all()
         assert example.exact[example.source[shown, 0]].all()
         assert not example.exact[example.learned].any()
-    assert lengths == {10 - 4, 20 - 4}  # pauses put in; the silence from 0.95 to 1.45 s between two readings
+    assert lengths == {10 - 4, 20 - 4}  # pauses put in; the silence from 0.95 to 1.45 s and longer between two readings
+    assert {10, 20, 20 + llm.LONGEST_SILENCE} <= sources <= {10, *range(20, 21 + llm.LONGEST_SILENCE)}
 
 
 def test_a_sound_is_put_in_where_its_tag_stands() -> None:
