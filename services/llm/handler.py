@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from services.llm.sampling import length_bounds
+from services.llm.sampling import audible_share, length_bounds
 from shared.artifacts import Generated, Tokenized
 from shared.codes import GROUP, GROUP_S
 from shared.errors import PermanentError
@@ -47,7 +47,8 @@ class GenerateHandler:
         prompt = np.asarray(self._encode(edit_turns(edit, parameters["text"], source.mixed)), np.int64)
         step.progress(0.05, "writing audio tokens")
         count, groups, longest_s = int(parameters["n_best"]), len(source.mixed) // GROUP, parameters["max_duration_s"]
-        bounds = length_bounds(edit, groups, parameters["text"], max_duration_s=longest_s)
+        audible = audible_share(source.prompt_mel)
+        bounds = length_bounds(edit, groups, parameters["text"], audible=audible, max_duration_s=longest_s)
         began = time.perf_counter()
         seeds = [(int(parameters["seed"]) + number * SEED_STRIDE) % (SEED_MAX + 1) for number in range(count)]
         found = self._generate_all(step, prompt, seeds, bounds)

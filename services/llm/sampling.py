@@ -172,12 +172,25 @@ def speech_units(text: str) -> float:
     return max(1.0, wide + letters / 3)
 
 
+def audible_share(mel: npt.NDArray[np.float32]) -> float:
+    """Share of a recording's frames, (frames, bins) of log mel, that lie above a third of the way from its quiet ones to
+    its loud ones: less than the share of its speech, whatever the level of its noise.
+    """
+    if not len(mel):
+        return 0.0
+    levels = mel.max(1)
+    quiet, loud = np.percentile(levels, [5, 95])
+    return float((levels > quiet + (loud - quiet) / 3).mean())
+
+
 def length_bounds(
-    edit: Edit, source_groups: int, source_text: str | None = None, *, max_duration_s: float | None = None
-) -> tuple[int, int]:
+    edit: Edit, source_groups: int, source_text: str | None = None, *, audible: float = 0.0,
+    max_duration_s: float | None = None,
+) -> tuple[int, int]:  # fmt: skip
     """The fewest and most groups that the result of an edit may have, from the source's length and the kind of edit.
 
     A clone's length is guessed from the two texts and the speed of the reference. Sounds asked for in [tags] add room.
+    Vad keeps at least what can be heard (`audible_share`), so that it does not end in a pause with speech behind it.
     `max_duration_s` caps both. Bounds are wide: they stop a runaway, they do not shape the result.
     """
     key = f"{edit.type} {edit.detail}" if edit.type == "speed" else edit.type
@@ -187,6 +200,8 @@ def length_bounds(
         units = speech_units(edit.target_text or "")
         pace = expected / speech_units(source_text) if source_text and source_text.strip() else GROUPS_PER_UNIT
         expected = units * min(max(pace, GROUPS_PER_UNIT / 3), GROUPS_PER_UNIT * 3)
+    if edit.type == "vad":
+        shorter = max(shorter, audible)
     extra += GROUPS_PER_SOUND * len(bracketed_tags(edit.target_text or ""))
     fewest, most = max(1, int(expected * shorter)), int(expected * longer) + extra
     if max_duration_s is not None:

@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.llm.sampling import CHOICES, END, Sampler, SamplingSettings, find_loop, length_bounds, speech_units
+from services.llm.sampling import (
+    CHOICES,
+    END,
+    Sampler,
+    SamplingSettings,
+    audible_share,
+    find_loop,
+    length_bounds,
+    speech_units,
+)
 from shared.codes import GROUP, split
 from shared.errors import PermanentError, UserError
 from shared.schemas.edit import Edit
@@ -131,6 +140,17 @@ def test_bounds_follow_the_edit() -> None:
     short = length_bounds(Edit(type="clone", target_text="Yes."), 100, "A sentence of a good length, spoken calmly.")
     long = length_bounds(Edit(type="clone", target_text="Yes. " * 40), 100, "A sentence of a good length.")
     assert short[1] < long[1]
+
+
+def test_vad_keeps_what_can_be_heard_and_no_more() -> None:
+    level = np.full((100, 80), -11.0, np.float32)  # ln of amplitude: a recording of which 60 frames are speech
+    level[10:40] = level[70:100] = -2.0
+    assert audible_share(level) == pytest.approx(0.6)
+    assert audible_share(np.maximum(level, -4.5)) == pytest.approx(0.6), "in noise as well"
+    assert audible_share(np.zeros((0, 80), np.float32)) == 0.0
+    assert length_bounds(Edit(type="vad"), 100, audible=0.6)[0] == 60
+    assert length_bounds(Edit(type="vad"), 100)[0] == 10
+    assert length_bounds(Edit(type="denoise"), 100, audible=0.9) == length_bounds(Edit(type="denoise"), 100)
 
 
 def groups_of(semantic: np.ndarray) -> np.ndarray:

@@ -354,7 +354,7 @@ class Examples:
         if share < self.recipe.plain_until:
             return (self.plain, self.denoise, self.vad, self.text)[int(rng.choice(4, p=[0.6, 0.2, 0.15, 0.05]))]
         kinds = (self.clone, self.edit, self.denoise, self.vad, self.sound, self.plain)
-        return kinds[int(rng.choice(6, p=[0.31, 0.31, 0.1, 0.14, 0.08, 0.06]))]
+        return kinds[int(rng.choice(6, p=[0.27, 0.27, 0.08, 0.24, 0.08, 0.06]))]
 
 
 def edit_between(source: str, target: str) -> Edit:
