@@ -173,8 +173,8 @@ def speech_units(text: str) -> float:
 
 
 def audible_share(mel: npt.NDArray[np.float32]) -> float:
-    """Share of a recording's frames, (frames, bins) of log mel, that lie above a third of the way from its quiet ones to
-    its loud ones: less than the share of its speech, whatever the level of its noise.
+    """Share of a recording's frames, (frames, bins) of log mel, that lie above a third of the way from its quiet to its
+    loud ones: less than the share of its speech, whatever the level of its noise.
     """
     if not len(mel):
         return 0.0
