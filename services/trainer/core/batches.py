@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from shared.codes import LINGUISTIC_SIZE, SEMANTIC_SIZE
 from shared.prompts import TextTokenizer, Turn, assistant_turn
 
 PAD = 0
@@ -97,6 +98,16 @@ def packed(rows: Sequence[Sequence[Encoded]]) -> Batch:
             documents[number, start:stop] = document
             start = stop
     return Batch(ids, weights, documents, sum(chat.answer_tokens for row in rows for chat in row))
+
+
+def replaced(ids: Tensor, offset: int, share: float, rng: np.random.Generator) -> Tensor:
+    """The ids with a share of their codes replaced by codes of the same kind, so that a model learns to go on after its
+    own mistakes. `offset` is the id of mixed id 0."""
+    code = ids.numpy() - offset
+    other = np.where(code < LINGUISTIC_SIZE, rng.integers(LINGUISTIC_SIZE, size=code.shape),
+                     LINGUISTIC_SIZE + rng.integers(SEMANTIC_SIZE, size=code.shape))  # fmt: skip
+    chosen = (code >= 0) & (rng.random(code.shape) < share)
+    return torch.from_numpy(np.where(chosen, other, code) + offset)
 
 
 def plan_rows(lengths: Sequence[int], order: Sequence[int], capacity: int) -> list[list[int]]:

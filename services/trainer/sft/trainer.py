@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from services.trainer.core.batches import Batch, Encoded, encode, epoch_order, packed, plan_rows
+from services.trainer.core.batches import Batch, Encoded, encode, epoch_order, packed, plan_rows, replaced
 from services.trainer.core.distributed import Group, clip_gradients, join_group
 from services.trainer.core.objectives import answer_loss, grammar_only
 from services.trainer.core.runs import Observer, TrainingRun
@@ -41,13 +42,16 @@ class SftConfig:
 
     Chats longer than a row are left out and counted. `loss_over` "grammar" has a token compete only with those that
     decoding could put in its place, which suits models that were trained so (the small checkpoint); the official
-    release was trained over the whole vocabulary.
+    release was trained over the whole vocabulary. `replaced` is the share of an answer's tokens that are read as others
+    of their kind when the next one is predicted: a small model that is tuned on clean answers alone forgets how to go
+    on after its own mistakes.
     """
 
     epochs: int = 1
     row_tokens: int = 4096
     rows_per_batch: int = 4
     loss_over: Literal["vocabulary", "grammar"] = "vocabulary"
+    replaced: float = 0.0
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(lr=1e-5, final_lr=1e-6))
 
 
@@ -64,7 +68,7 @@ class SftTrainer:
         self.config, self.loop = config, config.loop
         self.group: Group = join_group(self.loop.sharding, self.loop.device)
         chats = [encode(tokenizer, row.turns(), row.target.mixed) for row in rows]
-        self.vocabulary = vocabulary_of(tokenizer, config)
+        self.vocabulary, self.audio_offset = vocabulary_of(tokenizer, config), tokenizer.audio_offset
         self.chats: list[Encoded] = [chat for chat in chats if len(chat.ids) <= config.row_tokens]
         self.left_out = len(chats) - len(self.chats)
         self.batches = self._plan()
@@ -111,9 +115,13 @@ class SftTrainer:
         loss = 0.0
         for place in self.group.share(self.per_step):
             rows = chosen[place] if place < len(chosen) else chosen[0]
-            batch = packed([[self.chats[item] for item in row] for row in rows]).to(self.loop.device)
+            batch = packed([[self.chats[item] for item in row] for row in rows])
+            rng = np.random.default_rng((self.loop.seed, step, place))
+            given = replaced(batch.ids, self.audio_offset, self.config.replaced, rng)
+            given = torch.where(batch.weights > 0, given, batch.ids).to(self.loop.device)
             with self.loop.autocast():
-                part = sft_loss(self.model, batch, total, self.vocabulary) * (place < len(chosen))
+                part = sft_loss(self.model, batch.to(self.loop.device), total, self.vocabulary, given)
+                part = part * (place < len(chosen))
             (part * self.group.gradient_scale).backward()
             loss += float(part.detach())
         self.group.reduce_gradients(trainable(self.model))
@@ -127,12 +135,15 @@ def vocabulary_of(tokenizer: TextTokenizer, config: SftConfig) -> Vocabulary | N
     return Vocabulary(tokenizer.audio_offset, tokenizer.eos) if config.loss_over == "grammar" else None
 
 
-def sft_loss(model: Step1, batch: Batch, total: float, vocabulary: Vocabulary | None = None) -> Tensor:
+def sft_loss(
+    model: Step1, batch: Batch, total: float, vocabulary: Vocabulary | None = None, given: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """Sum of -log p of the batch's answer tokens over `total`, the answer tokens of the whole optimizer step.
 
-    With a `vocabulary`, p is over what the grammar lets stand in a token's place.
+    With a `vocabulary`, p is over what the grammar lets stand in a token's place. `given` (B, L) are the ids that are
+    read where they are not the batch's own.
     """
-    hidden = model.hidden_states(batch.ids, document_ids=batch.document_ids)
+    hidden = model.hidden_states(batch.ids if given is None else given, document_ids=batch.document_ids)
     wanted, weights = batch.ids[:, 1:], batch.weights[:, 1:]
     used = weights > 0
     logits = model.lm_head(hidden[:, :-1][used])  # only positions with a loss: logits are the largest tensor

@@ -82,6 +82,21 @@ def test_gradient_checkpointing_changes_nothing(fresh, tokenizer, tmp_path: Path
         torch.testing.assert_close(tensor, states[1][name], rtol=1e-4, atol=1e-5)
 
 
+def test_the_prompt_is_read_as_it_is_and_a_share_of_the_answer_as_other_codes(fresh, tokenizer, tmp_path: Path) -> None:
+    model = fresh()
+    read: list[torch.Tensor] = []
+    hidden_states = model.hidden_states
+    model.hidden_states = lambda ids, **more: read.append(ids) or hidden_states(ids, **more)
+    config = replace(CONFIG, epochs=1, replaced=0.5)
+    trainer = SftTrainer(model, tokenizer, ROWS[:1], config, tmp_path)
+    trainer.train()
+    chat = trainer.chats[0]
+    changed = read[0][0].numpy() != chat.ids
+    assert not changed[: chat.answer].any()
+    assert not changed[-1]
+    assert 0.2 < changed[chat.answer : -1].mean() < 0.8
+
+
 def test_a_folder_of_another_config_or_other_data_is_refused(fresh, tokenizer, tmp_path: Path) -> None:
     SftTrainer(fresh(), tokenizer, ROWS[:3], CONFIG, tmp_path, data={"train": "a"})
     with pytest.raises(UserError, match="belongs to another config or other data"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from services.trainer.core.batches import encode, epoch_order, packed, padded, plan_rows, whole_chat
+from services.trainer.core.batches import encode, epoch_order, packed, padded, plan_rows, replaced, whole_chat
 from shared.checkpoints import Checkpoint
 from shared.checkpoints.step1 import load_step1, load_text_tokenizer
 from shared.codes import interleave
@@ -81,3 +81,16 @@ def test_an_item_longer_than_a_row_is_named() -> None:
 def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone() -> None:
     assert epoch_order(50, 7, 2).tolist() == epoch_order(50, 7, 2).tolist()
     assert epoch_order(50, 7, 2).tolist() != epoch_order(50, 7, 3).tolist()
+
+
+def test_replaced_codes_stay_of_their_kind_and_text_stays() -> None:
+    offset = 40
+    ids = torch.cat([torch.arange(40), offset + torch.arange(5120)]).repeat(4, 1)
+    found = replaced(ids, offset, 0.5, np.random.default_rng(0))
+    assert torch.equal(found[:, :40], ids[:, :40])
+    code, was = found[:, 40:] - offset, ids[:, 40:] - offset
+    assert torch.equal(code < 1024, was < 1024)
+    assert code.min() >= 0
+    assert code.max() < 5120
+    assert 0.47 < float((code != was).float().mean()) < 0.53
+    assert torch.equal(replaced(ids, offset, 0.0, np.random.default_rng(0)), ids)

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from services.trainer.core.batches import replaced
 from services.trainer.recipes.nano import (
     alignment,
     assets,
@@ -371,15 +372,6 @@ def edit_between(source: str, target: str) -> Edit:
         )
     kind, _, detail = target.partition("/")
     return Edit(type=kind, detail=detail)  # type: ignore[arg-type]
-
-
-def replaced(ids: Tensor, offset: int, share: float, rng: np.random.Generator) -> Tensor:
-    """The ids with a share of their codes replaced by codes of the same kind."""
-    code = ids.numpy() - offset
-    other = np.where(code < LINGUISTIC_SIZE, rng.integers(LINGUISTIC_SIZE, size=code.shape),
-                     LINGUISTIC_SIZE + rng.integers(SEMANTIC_SIZE, size=code.shape))  # fmt: skip
-    chosen = (code >= 0) & (rng.random(code.shape) < share)
-    return torch.from_numpy(np.where(chosen, other, code) + offset)
 
 
 class Shown:

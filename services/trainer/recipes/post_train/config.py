@@ -89,7 +89,7 @@ def cpu() -> PostTrainConfig:
     big = gpu()
     ppo = replace(big.ppo, steps=70, critic_warmup=10, prompts_per_step=8, minibatch=16, micro=8,
                   loop=replace(big.ppo.loop, device="cpu", save_every=5, precision="bf16"))  # fmt: skip
-    sft = replace(big.sft, epochs=2, row_tokens=2048, rows_per_batch=1,
+    sft = replace(big.sft, epochs=2, row_tokens=2048, rows_per_batch=1, replaced=0.15,
                   loop=replace(big.sft.loop, lr=3e-5, final_lr=3e-6, device="cpu", save_every=20,
                                precision="bf16"))  # fmt: skip
     reward = replace(big.reward, epochs=1, pairs_per_batch=8,
@@ -97,9 +97,9 @@ def cpu() -> PostTrainConfig:
                                   precision="bf16"))  # fmt: skip
     return replace(
         big, device="cpu", workers=2, slots=16,
-        record=RecordConfig(groups=1000, benchmark_groups=40, teacher_share=0.08),
-        pairs=600, clones=200, rehearsal=200, sounds=120, judge_pairs=500, prompts=200, held_out=40,
-        candidates=12, relabelled=4000, contrasts=1000, judge_margin=2.0, pairs_per_prompt=12, cases=42, seeds=2,
+        record=RecordConfig(groups=1500, benchmark_groups=60, teacher_share=0.08, strongest=1.4),
+        pairs=900, clones=900, rehearsal=450, sounds=150, judge_pairs=500, prompts=180, held_out=60,
+        candidates=20, relabelled=5000, contrasts=1500, judge_margin=2.0, pairs_per_prompt=12, cases=70, seeds=2,
         sft=sft, reward=reward, ppo=ppo,
     )  # fmt: skip
 

@@ -80,19 +80,6 @@ def test_a_text_is_found_where_it_stands_last() -> None:
     assert places([0, 0], "a b") is None
 
 
-def test_replaced_codes_stay_of_their_kind_and_text_stays() -> None:
-    offset = 40
-    ids = torch.cat([torch.arange(40), offset + torch.arange(5120)]).repeat(4, 1)
-    found = llm.replaced(ids, offset, 0.5, np.random.default_rng(0))
-    assert torch.equal(found[:, :40], ids[:, :40])
-    code, was = found[:, 40:] - offset, ids[:, 40:] - offset
-    assert torch.equal(code < 1024, was < 1024)
-    assert code.min() >= 0
-    assert code.max() < 5120
-    assert 0.47 < float((code != was).float().mean()) < 0.53
-    assert torch.equal(llm.replaced(ids, offset, 0.0, np.random.default_rng(0)), ids)
-
-
 def test_an_end_competes_with_linguistic_codes_and_text_with_text() -> None:
     offset, eos = 40, 3
     ids = torch.tensor([offset + 5, offset + 1024 + 7, eos, eos, 12])
