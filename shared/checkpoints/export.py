@@ -1,4 +1,5 @@
-"""Trained tokenizers to files of the published layout: what the loaders of this package, and the official code, read.
+"""Trained tokenizers to files of the published layout (what the loaders of this package, and the official code, read),
+and the semantic one back.
 
 The only module of `shared` that needs the `onnx` package, and only while a function runs.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +17,11 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from shared.checkpoints.layout import InvalidCheckpoint
 from shared.checkpoints.tokenizer import BATCHED
 from shared.errors import MissingComponent
 from shared.models.linguistic import LinguisticEncoder
-from shared.models.semantic import SemanticEncoder
+from shared.models.semantic import SemanticConfig, SemanticEncoder
 from shared.models.speaker import SpeakerEncoder
 
 OPSET = 17
@@ -33,6 +36,35 @@ def export_semantic_onnx(encoder: SemanticEncoder, target: Path) -> None:
     feats, lengths = torch.randn(2, encoder.config.bins, 403), torch.tensor([403, 201], dtype=torch.int32)
     axes = {"feats": {0: "batch", 2: "frames"}, "feats_length": {0: "batch"}, "indices": {0: "batch", 1: "codes"}}
     _export(encoder, (feats, lengths), target, ["feats", "feats_length"], ["indices"], axes)
+
+
+def import_semantic_onnx(source: Path, config: SemanticConfig) -> SemanticEncoder:
+    """The encoder that `export_semantic_onnx` wrote, with the same weights.
+
+    Only of a trained one: the exporter stores equal tensors, as fresh layers have, once under one name. Raises
+    MissingComponent without the onnx package, InvalidCheckpoint where the file holds other tensors.
+    """
+    onnx = _onnx()
+    graph = onnx.load(source).graph
+    state = {tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
+    for node in graph.node:  # the exporter names parameters as they are, but renames the transposed of linear layers
+        if node.op_type == "MatMul" and node.input[1] in state:
+            state[f"{_module_name(node.name)}.weight"] = state[node.input[1]].T.contiguous()
+    encoder = SemanticEncoder(config)
+    try:
+        encoder.load_state_dict({name: state[name] for name in encoder.state_dict()})
+    except (KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InvalidCheckpoint(f"{source} does not hold an encoder of these sizes ({reason}).",
+                                "Only files that this package wrote can be read back.") from error  # fmt: skip
+    return encoder
+
+
+def _module_name(node: str) -> str:
+    """`/blocks.0/mlp/mlp.2/MatMul` -> `blocks.0.mlp.2`: a layer of a sequence repeats the sequence's name."""
+    scopes = node.strip("/").split("/")[:-1]
+    inside = [*scopes[1:], ""]
+    return ".".join(scope for scope, inner in zip(scopes, inside, strict=True) if not inner.startswith(f"{scope}."))
 
 
 def export_speaker_onnx(encoder: SpeakerEncoder, target: Path) -> None:
@@ -85,10 +117,7 @@ def _kaldi_nnet(cmvn: Tensor) -> str:
 
 def _export(module: nn.Module, inputs: tuple[Tensor, ...], target: Path, names: list[str], outputs: list[str],
             axes: dict[str, dict[int, str]]) -> None:  # fmt: skip
-    try:
-        import onnx
-    except ImportError as error:
-        raise MissingComponent("The package onnx", "it is not installed", "Install editx[train].") from error
+    onnx = _onnx()
     target.parent.mkdir(parents=True, exist_ok=True)
     was_training = module.training
     with warnings.catch_warnings(), torch.no_grad():
@@ -99,3 +128,11 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...], target: Path, names: 
     model = onnx.load(target)
     onnx.helper.set_model_props(model, {BATCHED: "true"})
     onnx.save(model, target)
+
+
+def _onnx() -> ModuleType:
+    try:
+        import onnx
+    except ImportError as error:
+        raise MissingComponent("The package onnx", "it is not installed", "Install editx[train].") from error
+    return onnx

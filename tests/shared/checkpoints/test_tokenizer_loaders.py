@@ -9,7 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from shared.audio.features import MelConfig
-from shared.checkpoints.export import export_semantic_onnx, export_speaker_onnx, save_linguistic
+from shared.checkpoints.export import (
+    export_semantic_onnx,
+    export_speaker_onnx,
+    import_semantic_onnx,
+    save_linguistic,
+)
 from shared.checkpoints.layout import Checkpoint, InvalidCheckpoint
 from shared.checkpoints.tokenizer import (
     _similar_lengths,
@@ -151,3 +156,17 @@ def test_the_mel_is_sized_by_the_decoders_configuration(tmp_path):
 
 def test_rows_are_grouped_by_similar_length():
     assert list(_similar_lengths([100, 10, 19, 21, 0, 150])) == [[1, 2], [3], [0, 5]]
+
+
+@pytest.mark.parametrize("width", [32, 8])
+def test_a_semantic_encoder_comes_back_from_its_file(tmp_path, width):
+    torch.manual_seed(1)
+    config = SemanticConfig(size=32, heads=4, layers=2, codebook_dim=width)
+    encoder = SemanticEncoder(config)
+    for parameter in encoder.parameters():  # as trained ones, no two are equal
+        torch.nn.init.normal_(parameter)
+    export_semantic_onnx(encoder, tmp_path / "encoder.onnx")
+    found = import_semantic_onnx(tmp_path / "encoder.onnx", config).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in encoder.state_dict().items())
+    with pytest.raises(InvalidCheckpoint, match=r"encoder\.onnx"):
+        import_semantic_onnx(tmp_path / "encoder.onnx", SemanticConfig(size=32, heads=4, layers=3, codebook_dim=width))
