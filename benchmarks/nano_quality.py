@@ -34,6 +34,9 @@ from services.trainer.evaluate.judges import Judges, similarity, word_error_rate
 from services.trainer.recipes.nano import assets, augment, corpus, sounds, teacher, texts
 from shared.audio.features import prompt_mel
 from shared.audio.io import Waveform, read_audio
+from shared.audio.signal import normalize_peak
+from shared.checkpoints.layout import Checkpoint
+from shared.checkpoints.tokenizer import load_linguistic, load_semantic
 from shared.errors import EditxError
 
 ROOT = Path(__file__).parent.parent
@@ -246,6 +249,39 @@ def cleaning(editor: Editor, judges: Judges, source: Source, number: int) -> dic
     }
 
 
+def in_noise(editor: Editor, judges: Judges, checkpoint: Checkpoint, clips: Sequence[Clip]) -> dict[str, Scores]:
+    """Tokenise and decode in pink noise, without the language model: share of the codes that are those of the clean
+    recording, words, naturalness."""
+    tokenizers = load_linguistic(checkpoint), load_semantic(checkpoint)
+    rng = np.random.default_rng(SEED)
+    noises = [augment.colored_noise(len(clip.audio), 1.0, rng) for clip in clips]
+    result: dict[str, Scores] = {}
+    for name, snr_db in {"clean": None, **{f"{snr} dB": float(snr) for snr in (15, 10, 5)}}.items():
+        heard = [
+            c.audio if snr_db is None else augment.add_noise(c.audio, n, snr_db)
+            for c, n in zip(clips, noises, strict=True)
+        ]
+        decoded = [to_16k(editor.decode(editor.tokenize(Waveform(h, RATE_HZ)), seed=SEED).samples) for h in heard]
+        equal = {
+            f"{kind} equal %": 100 * float(np.mean(np.concatenate([
+                tokenizer.encode([full_scale(h)])[0] == tokenizer.encode([full_scale(c.audio)])[0]
+                for h, c in zip(heard, clips, strict=True)
+            ])))
+            for kind, tokenizer in zip(("linguistic", "semantic"), tokenizers, strict=True)
+        }  # fmt: skip
+        result[name] = equal | {
+            "WER before %": word_error_rate([c.text for c in clips], [judges.hear(to_16k(h)) for h in heard]),
+            "WER after %": word_error_rate([c.text for c in clips], [judges.hear(d) for d in decoded]),
+            "DistillMOS": float(np.mean([judges.naturalness(d) for d in decoded])),
+        }
+    return result
+
+
+def full_scale(audio: np.ndarray) -> torch.Tensor:
+    """24 kHz (n,) to 16 kHz as the front end gives it to the tokenizers, untrimmed."""
+    return normalize_peak(torch.from_numpy(to_16k(audio)))
+
+
 def paralinguistic(editor: Editor, judges: Judges, source: Source, number: int) -> dict[str, Scores]:
     """Put each sound into the middle of `number` clips: whether it is there, words and voice kept.
 
@@ -356,10 +392,8 @@ def table(title: str, rows: dict[str, Scores]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="nano")
-    parser.add_argument("--parts", default="footprint,resynthesis,real,clone,edits,cleaning,sounds")
-    parser.add_argument(
-        "--clips", type=int, default=50, help="of resynthesis and clone; edits, cleaning and sounds take a tenth each"
-    )
+    parser.add_argument("--parts", default="footprint,resynthesis,real,clone,edits,cleaning,noise,sounds")
+    parser.add_argument("--clips", type=int, default=50, help="of resynthesis and clone; the other parts take a tenth")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(2)
@@ -390,6 +424,9 @@ def main() -> None:
         if "cleaning" in parts:
             results["Cleaning"] = cleaning(editor, judges, source, few + few % 2)
             print(table("Denoise and vad", results["Cleaning"]), flush=True)
+        if "noise" in parts:
+            results["Noise"] = in_noise(editor, judges, editor.checkpoint, source.clips(few, first=500))
+            print(table("Tokenise and decode in noise", results["Noise"]), flush=True)
         if "sounds" in parts:
             results["Paralinguistic"] = paralinguistic(editor, judges, source, few)
             print(table("Paralinguistic", results["Paralinguistic"]), flush=True)
