@@ -291,6 +291,7 @@ class Worker:
             if self.running >= self._settings.slots:
                 return
             if task.thread is None and task.start_at <= now:
+                task.renewed_at = now
                 task.thread = threading.Thread(target=task.run, name=f"{self._handler.kind}-step", daemon=True)
                 task.thread.start()
 
