@@ -61,7 +61,7 @@ class RobustRecipe:
     lr: float = 6e-4
     final_lr: float = 3e-5
     regression: float = 0.5
-    clean: float = 0.2
+    clean: float = 0.3
     noisy: float = 0.5
     snr_db: tuple[float, float] = (0.0, 20.0)
     teachers: float = 0.4
@@ -69,8 +69,8 @@ class RobustRecipe:
 
 
 RECIPES = {
-    "linguistic": RobustRecipe(steps=2400, temperature=24.0),
-    "semantic": RobustRecipe(steps=3200, temperature=0.03),
+    "linguistic": RobustRecipe(steps=4000, temperature=24.0),
+    "semantic": RobustRecipe(steps=7500, temperature=0.03),
 }
 
 
