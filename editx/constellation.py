@@ -9,14 +9,20 @@ from editx.remote import RemoteEditor
 from shared.audio.io import Waveform
 from shared.schemas import JobRequest
 from shared.schemas.edit import Edit
-from shared.schemas.request import DecodeSettings
+from shared.schemas.request import DecodeSettings, GenerateSettings
 
 
 class GatewaySystem:
-    """Clones and edits by jobs in the batch lane. Many threads may call it."""
+    """Clones and edits by jobs in the batch lane; of `n_best` answers to an edit the best scored one is kept.
 
-    def __init__(self, editor: RemoteEditor, decode_steps: int = 10) -> None:
-        self._editor, self._decode = editor, DecodeSettings(steps=decode_steps)
+    Many threads may call it.
+    """
+
+    def __init__(
+        self, editor: RemoteEditor, decode_steps: int = 10, temperature: float | None = None, n_best: int = 1
+    ) -> None:
+        self._editor, self._n_best = editor, n_best
+        self._generate, self._decode = GenerateSettings(temperature=temperature), DecodeSettings(steps=decode_steps)
 
     def clone(self, reference: Waveform, reference_text: str, text: str, seed: int) -> Waveform:
         """The text in the reference's voice. Raises EditxError for a job that failed."""
@@ -24,8 +30,9 @@ class GatewaySystem:
 
     def edit(self, source: Waveform, text: str, edit: Edit, seed: int) -> Waveform:
         """The edited recording; `text` is what the source says. Raises EditxError for a job that failed."""
-        return self._done(source, edit, text, seed)
+        return self._done(source, edit, text, seed, self._n_best)
 
-    def _done(self, source: Waveform, edit: Edit, text: str, seed: int) -> Waveform:
-        request = JobRequest(edit=edit, text=text, seed=seed, decode=self._decode, lane="batch")
+    def _done(self, source: Waveform, edit: Edit, text: str, seed: int, n_best: int = 1) -> Waveform:
+        request = JobRequest(edit=edit, text=text, seed=seed, n_best=n_best, generate=self._generate,
+                             decode=self._decode, lane="batch")  # fmt: skip
         return self._editor.run(source, request).audio

@@ -45,7 +45,12 @@ def models(checkpoint: Checkpoint, device: str) -> Mapping[str, ModelFactory]:
 
         return DecoderModel(checkpoint, device=device)
 
-    return {"tokenizer": tokenizer, "llm": llm, "decoder": decoder}
+    def reward() -> Model:
+        from services.reward.model import RewardModel
+
+        return RewardModel(checkpoint, device=device)
+
+    return {"tokenizer": tokenizer, "llm": llm, "decoder": decoder, "reward": reward}
 
 
 class Served:

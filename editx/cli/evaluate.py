@@ -35,6 +35,10 @@ def run(
         str | None, typer.Option(help="Edit by jobs of the hosted system there, as http://host:8000, not here.")
     ] = None,
     gateway_key: Annotated[str | None, typer.Option(envvar="EDITX_API_KEY", help="The key for --gateway.")] = None,
+    n_best: Annotated[
+        int, typer.Option(min=1, max=32, help="Answers to an edit, of which the reward model picks.")
+    ] = 1,
+    temperature: Annotated[float | None, typer.Option(min=0.0, max=2.0, help="The checkpoint's unless given.")] = None,
     device: options.DeviceOption = "cpu",
     steps: options.StepsOption = 10,
 ) -> None:
@@ -51,6 +55,7 @@ def run(
     from services.trainer.evaluate.system import PortSystem
     from services.trainer.recipes.nano import assets
     from shared.checkpoints.layout import Checkpoint
+    from shared.checkpoints.reward import reward_folder
     from shared.checkpoints.step1 import load_text_tokenizer
 
     cases = read_cases(benchmark)
@@ -65,11 +70,14 @@ def run(
     try:
         system: runner.System
         if remote is not None:
-            name, system = "hosted", GatewaySystem(remote, steps)
+            name, system = "hosted", GatewaySystem(remote, steps, temperature, n_best)
         else:
             found = Checkpoint.resolve(checkpoint)
             name = found.metadata.name
-            system = PortSystem(served(found.root, device), load_text_tokenizer(found), steps)
+            if n_best > 1:
+                reward_folder(found)
+            tokenizer = load_text_tokenizer(found)
+            system = PortSystem(served(found.root, device), tokenizer, steps, temperature, n_best)
         lines = runner.run(
             cases, system, asked, out, runner.Setup(iterations, seed, workers, fixed_prompt), progress=show,
             measures=runner.OfflineMeasures(Judges(assets.prepare().whisper)) if measures else None,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from shared.checkpoints import manifest
 from shared.checkpoints.layout import METADATA_FILE, Checkpoint
+from shared.checkpoints.reward import FOLDER as REWARD_FOLDER
 from shared.checkpoints.weights import read_headers
 
 SHARD_BYTES = 4_500_000_000
@@ -44,6 +45,20 @@ def write_checkpoint(
     save_weights({n: t.to(getattr(torch, dtype)) for n, t in state.items()}, folder)
     document = _described(base, sounds) | {"name": name, "version": version, "training": dict(facts)}
     _replace(partial / METADATA_FILE, json.dumps(document, indent=2, default=str) + "\n")
+    write_sums(partial)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    return Checkpoint(target)
+
+
+def write_with_reward(base: Checkpoint, reward: Path, target: Path) -> Checkpoint:
+    """Write `target` as `base` with the reward model of the folder `reward` in it. The folder appears whole."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    _mirror(base, partial)
+    _link_tree(reward, partial / REWARD_FOLDER)
+    (partial / REWARD_FOLDER / manifest.FILE).unlink(missing_ok=True)
+    _replace(partial / METADATA_FILE, json.dumps(_described(base, ()), indent=2) + "\n")
     write_sums(partial)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)

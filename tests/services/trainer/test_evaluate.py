@@ -11,8 +11,10 @@ from services.trainer.evaluate.benchmark import Case, read_cases
 from services.trainer.evaluate.remote import Api, HttpJudge, Question, Verdict, parse_verdict
 from services.trainer.evaluate.report import bootstrap, compare, markdown, paired, summarise, write_report
 from services.trainer.evaluate.runner import OfflineJudge, Setup, read_results, run
+from services.trainer.evaluate.system import SEED_STRIDE, PortSystem
 from shared.audio.io import Waveform, write_audio
 from shared.errors import PermanentError, UserError
+from shared.schemas.edit import Edit
 from tests.services.trainer.test_data import RATE, tone
 
 
@@ -224,3 +226,36 @@ def test_answers_of_judges_are_read_in_every_form_or_refused() -> None:
     assert parse_verdict('{"label": "joyful", "rating": 4}', ("happy",)).label == "none"
     with pytest.raises(PermanentError, match="cannot be read"):
         parse_verdict("I think it is happy.", ("happy",))
+
+
+def test_of_several_answers_the_one_of_the_highest_reward_is_decoded() -> None:
+    class Models:
+        """Answers as long as their seed says; longer ones have a higher reward."""
+
+        def __init__(self) -> None:
+            self.decoded: list[int] = []
+
+        def infer(self, model, inputs, parameters=None):
+            if model == "tokenizer":
+                return {
+                    "linguistic": np.zeros(4, np.int32),
+                    "semantic": np.zeros(6, np.int32),
+                    "speaker_embedding": np.zeros(192, np.float32),
+                    "prompt_mel": np.zeros((24, 80), np.float32),
+                }
+            if model == "llm":
+                return {"mixed": np.zeros(5 * (parameters["seed"] % SEED_STRIDE + parameters["seed"] // SEED_STRIDE))}
+            if model == "reward":
+                return {"score": np.array(len(inputs["mixed"]))}
+            self.decoded.append(len(inputs["mixed"]))
+            return {"audio": np.zeros(10, np.float32)}
+
+    class Tokens:
+        def encode_chat(self, turns):
+            return [1, 2]
+
+    models, source = Models(), Waveform(np.zeros(16_000, np.float32), 16_000)
+    for n_best in (1, 4):
+        PortSystem(models, Tokens(), n_best=n_best).edit(source, "so", Edit(type="emotion", detail="happy"), 1)
+    PortSystem(models, Tokens(), n_best=4).clone(source, "so", "well", 7)
+    assert models.decoded == [5, 20, 35]

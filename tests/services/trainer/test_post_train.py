@@ -18,6 +18,7 @@ from services.trainer.recipes.post_train.recordings import MANNERS, SPEEDS
 from services.trainer.recipes.post_train.stages import STAGES, PostTrain
 from shared.audio.io import Waveform
 from shared.checkpoints import Checkpoint
+from shared.checkpoints.reward import reward_folder
 from shared.checkpoints.verify import verify
 from shared.codes import split
 from shared.errors import UserError
@@ -63,6 +64,9 @@ def post(checkpoint: Checkpoint, tmp_path_factory):
 def test_all_stages_run_and_leave_checkpoints_that_verify(post: PostTrain) -> None:
     post.run()
     assert [stage for stage in STAGES if not post.work.is_done(stage)] == ["measure"]
+    both = Checkpoint(post.work.checkpoint("best_of_8"))
+    assert verify(both).ok
+    assert reward_folder(both) == both.root / "reward"
     for name in ("sft_unfiltered", "sft_large_margin", "ppo"):
         made = Checkpoint(post.work.checkpoint(name))
         assert verify(made).ok, name

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from services.trainer.core.export import write_checkpoint
+from services.trainer.core.export import write_checkpoint, write_with_reward
 from services.trainer.core.plots import draw_histograms
 from services.trainer.core.runs import Observer
 from services.trainer.core.sampling import Vocabulary, bounds_for, draw
@@ -76,11 +76,11 @@ Serve = Callable[[Path, str], Inference]
 """Checkpoint folder and device -> the models "tokenizer", "llm" and "decoder" of it."""
 
 SETS = ("unfiltered", "large_margin")
-SYSTEMS = ("base", "sft_unfiltered", "sft_large_margin", "ppo")
+SYSTEMS = ("base", "sft_unfiltered", "sft_large_margin", "ppo", "best_of_8")
 WORDS = "words.json"
 BEST_OF = 8
 ROWS_PER_PIECE = 4
-STEPS = (("sft_unfiltered", "sft_large_margin"), ("sft_large_margin", "ppo"))
+STEPS = (("sft_unfiltered", "sft_large_margin"), ("sft_large_margin", "ppo"), ("base", "best_of_8"))
 """Which system is to beat which."""
 
 
@@ -307,12 +307,23 @@ class PostTrain:
         cases = read_cases(self.root / "benchmark" / "cases.jsonl")
         judge = OfflineJudge(self._judge("judge_b"))
         for name in SYSTEMS:
-            checkpoint = self.base.root if name == "base" else self.work.checkpoint(name)
+            system = self._tested(name)
             for seed in range(c.seeds):
                 progress = partial(self._told, f"{name}, seed {seed}")
-                run(cases, self._system(checkpoint), judge, self._results(name, seed),
+                run(cases, system, judge, self._results(name, seed),
                     Setup(c.iterations, c.seed + 1000 * seed, c.workers), progress=progress)  # fmt: skip
         return self._report()
+
+    def _tested(self, name: str) -> PortSystem:
+        """One of SYSTEMS. The base with the reward model draws as the answers that the reward model learned from."""
+        if name == "base":
+            return self._system(self.base.root)
+        checkpoint = self.work.checkpoint(name)
+        if name != "best_of_8":
+            return self._system(checkpoint)
+        if not checkpoint.exists():
+            write_with_reward(self.base, self.work.checkpoint("reward"), checkpoint)
+        return replace(self._system(checkpoint), n_best=BEST_OF, temperature=self.config.temperature)
 
     def measure(self) -> dict[str, Any]:
         """Words, voice and naturalness of the benchmark's recordings; the report again."""
