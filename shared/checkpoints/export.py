@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,17 +26,21 @@ from shared.models.semantic import SemanticConfig, SemanticEncoder
 from shared.models.speaker import SpeakerEncoder
 
 OPSET = 17
+HALF = ".half"
+SMALL = 1024
+"""Tensors of fewer numbers stay in float32: there is nothing to save."""
 
 
-def export_semantic_onnx(encoder: SemanticEncoder, target: Path) -> None:
+def export_semantic_onnx(encoder: SemanticEncoder, target: Path, *, is_half: bool = False) -> None:
     """Writes `speech_tokenizer_v1.onnx`: feats (batch, bins, T) float32, feats_length int32 (batch,) -> indices int32.
 
     The published file takes batch 1 only; this one takes any, with indices past a row's length meaning nothing.
+    `is_half` stores the weights as float16; they are computed with in float32 all the same.
     Raises MissingComponent without the onnx package.
     """
     feats, lengths = torch.randn(2, encoder.config.bins, 403), torch.tensor([403, 201], dtype=torch.int32)
     axes = {"feats": {0: "batch", 2: "frames"}, "feats_length": {0: "batch"}, "indices": {0: "batch", 1: "codes"}}
-    _export(encoder, (feats, lengths), target, ["feats", "feats_length"], ["indices"], axes)
+    _export(encoder, (feats, lengths), target, ["feats", "feats_length"], ["indices"], axes, is_half)
 
 
 def import_semantic_onnx(source: Path, config: SemanticConfig) -> SemanticEncoder:
@@ -47,6 +52,9 @@ def import_semantic_onnx(source: Path, config: SemanticConfig) -> SemanticEncode
     onnx = _onnx()
     graph = onnx.load(source).graph
     state = {tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Cast" and node.input[0] in state:
+            state[node.output[0]] = state[node.input[0]].float()
     for node in graph.node:  # the exporter names parameters as they are, but renames the transposed of linear layers
         if node.op_type == "MatMul" and node.input[1] in state:
             state[f"{_module_name(node.name)}.weight"] = state[node.input[1]].T.contiguous()
@@ -78,10 +86,10 @@ def export_speaker_onnx(encoder: SpeakerEncoder, target: Path) -> None:
 
 
 def save_linguistic(encoder: LinguisticEncoder, cmvn: Tensor, centroids: Tensor, folder: Path,
-                    centroids_file: Path) -> None:  # fmt: skip
+                    centroids_file: Path, *, is_half: bool = False) -> None:  # fmt: skip
     """Writes the FunASR folder (config.yaml, am.mvn, model.safetensors) and the centroids (K, D) as .npy.
 
-    cmvn (2, input) is what features get added and are then multiplied by.
+    cmvn (2, input) is what features get added and are then multiplied by. `is_half` stores the encoder as float16.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = encoder.config
@@ -100,7 +108,9 @@ def save_linguistic(encoder: LinguisticEncoder, cmvn: Tensor, centroids: Tensor,
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
     (folder / "am.mvn").write_text(_kaldi_nnet(cmvn), encoding="utf-8")
-    state = {f"encoder.{name}": tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    dtype = torch.float16 if is_half else torch.float32
+    state = {f"encoder.{name}": tensor.detach().cpu().to(dtype).contiguous() for name, tensor in
+             encoder.state_dict().items()}  # fmt: skip
     save_file(state, folder / "model.safetensors")
     table: npt.NDArray[np.float32] = centroids.detach().cpu().float().numpy()
     np.save(centroids_file, table)
@@ -116,7 +126,7 @@ def _kaldi_nnet(cmvn: Tensor) -> str:
 
 
 def _export(module: nn.Module, inputs: tuple[Tensor, ...], target: Path, names: list[str], outputs: list[str],
-            axes: dict[str, dict[int, str]]) -> None:  # fmt: skip
+            axes: dict[str, dict[int, str]], is_half: bool = False) -> None:  # fmt: skip
     onnx = _onnx()
     target.parent.mkdir(parents=True, exist_ok=True)
     was_training = module.training
@@ -127,7 +137,23 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...], target: Path, names: 
     module.train(was_training)
     model = onnx.load(target)
     onnx.helper.set_model_props(model, {BATCHED: "true"})
+    if is_half:
+        _halve(onnx, model.graph)
     onnx.save(model, target)
+
+
+def _halve(onnx: ModuleType, graph: Any) -> None:
+    """Store the large weights of a graph as float16, each with a cast that the runtime folds when it loads."""
+    casts = []
+    for tensor in graph.initializer:
+        array = onnx.numpy_helper.to_array(tensor)
+        if array.dtype == np.float32 and array.size >= SMALL:
+            name = tensor.name
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array.astype(np.float16), name + HALF))
+            casts.append(onnx.helper.make_node("Cast", [name + HALF], [name], to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _onnx() -> ModuleType:

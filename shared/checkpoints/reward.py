@@ -1,4 +1,5 @@
-"""The reward model of a checkpoint: a language model in the published layout, flat, and reward_head.safetensors.
+"""The reward model of a checkpoint: a language model in the published layout, flat, without its output head, and
+reward_head.safetensors.
 
 It lies in the folder `reward` of a checkpoint, or the checkpoint itself is one. Knows nothing about how it is trained.
 """
@@ -38,7 +39,7 @@ def load_reward(
     Raises MissingComponent, InvalidCheckpoint.
     """
     folder = reward_folder(checkpoint)
-    model = Step1Reward(load_step1(Checkpoint(folder), dtype=dtype, device=device))
+    model = Step1Reward(load_step1(Checkpoint(folder), dtype=dtype, device=device, needs_head=False))
     try:
         with safe_open(folder / HEAD, framework="pt", device=str(device)) as file:
             facts = json.loads(file.metadata()["editx"])

@@ -44,7 +44,7 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(ordered[:4]) + rest
 
 
-def _check_headers(checkpoint: Checkpoint, model: Step1) -> None:
+def _check_headers(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Compare names and shapes in the weight files with the model's, before any number is read."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     found = {name: head.shape for path in checkpoint.step1_files for name, head in read_headers(path).items()}
@@ -80,8 +80,10 @@ def load_step1(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     quantize: Quantize = None,
+    needs_head: bool = True,
 ) -> Step1:
-    """The language model with its weights, in eval mode.
+    """The language model with its weights, in eval mode. Without `needs_head` its lm_head may be missing: it passes
+    hidden states on then.
 
     `dtype` None takes `default_dtype(device)`. Tensors are converted (and quantised) one by one, so the peak is the
     finished model and one tensor. Raises MissingComponent or InvalidCheckpoint naming file and tensor.
@@ -89,6 +91,8 @@ def load_step1(
     chosen = dtype or default_dtype(device)
     with unfilled():
         model = Step1(load_config(checkpoint))
+    if not needs_head and not any("lm_head.weight" in read_headers(path) for path in checkpoint.step1_files):
+        model.lm_head = nn.Identity()
     _check_headers(checkpoint, model)
     for path in checkpoint.step1_files:
         with safe_open(path, framework="pt", device=str(device)) as file:

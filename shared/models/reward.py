@@ -13,7 +13,7 @@ from shared.models.step1 import Step1
 
 
 class Step1Reward(nn.Module):
-    """A Step1 whose hidden states are turned into scores. The trunk's own output head is kept and not used.
+    """A Step1 whose hidden states are turned into scores. The trunk's own output head, if it has one, is not used.
 
     `mean` and `std` are buffers that put scores on a common scale: a score is (raw - mean) / std.
     """

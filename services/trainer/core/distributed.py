@@ -87,7 +87,8 @@ def _units(model: nn.Module) -> list[nn.Module]:
     trunk = next((module for module in model.modules() if isinstance(module, Step1)), None)
     units: list[nn.Module] = []
     if trunk is not None:
-        units = [*trunk.model.layers, trunk.model.embed_tokens, trunk.model.norm, trunk.lm_head]
+        parts = [*trunk.model.layers, trunk.model.embed_tokens, trunk.model.norm, trunk.lm_head]
+        units = [part for part in parts if next(part.parameters(), None) is not None]
     covered = {id(p) for unit in units for p in unit.parameters()}
     rest = [m for m in model.modules() if any(id(p) not in covered for p in m.parameters(recurse=False))]
     return [*units, *rest]

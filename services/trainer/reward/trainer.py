@@ -235,10 +235,12 @@ def score_chats(model: Step1Reward, chats: Sequence[Encoded], how: Aggregate) ->
 def save_reward(
     trunk: Mapping[str, Tensor], head: Step1Reward, base: Checkpoint, target: Path, how: Aggregate
 ) -> None:  # fmt: skip
-    """Write config.json, the trunk's weights, tokenizer.model, the head and SHA256SUMS into one flat folder."""
+    """Write config.json, the trunk's weights but for its output head, tokenizer.model, the head that scores and
+    SHA256SUMS into one flat folder."""
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(head.trunk.config.to_json())
-    save_weights({name: tensor.to(torch.bfloat16) for name, tensor in trunk.items()}, target)
+    kept = {name: tensor.to(torch.bfloat16) for name, tensor in trunk.items() if not name.startswith("lm_head.")}
+    save_weights(kept, target)
     (target / "tokenizer.model").write_bytes(base.text_tokenizer_file.read_bytes())
     save_head(head, target, aggregate=how)
     write_sums(target)

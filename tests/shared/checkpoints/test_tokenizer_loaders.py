@@ -116,6 +116,11 @@ def test_what_is_saved_is_loaded_again(checkpoint, audio, tmp_path):
     after = load_linguistic(Checkpoint.resolve(tmp_path))
     row = audio[f"{CLIPS[1]}.audio_16k"]
     assert np.array_equal(before.encode([row])[0], after.encode([row])[0])
+    save_linguistic(before.encoder, before.cmvn, before.centroids, tmp_path, tmp_path / "linguistic_tokenizer.npy",
+                    is_half=True)  # fmt: skip
+    half = load_linguistic(Checkpoint.resolve(tmp_path))
+    assert {parameter.dtype for parameter in half.encoder.parameters()} == {torch.float32}
+    assert (before.encode([row])[0] == half.encode([row])[0]).mean() > 0.9
 
 
 @pytest.mark.parametrize(
@@ -168,5 +173,10 @@ def test_a_semantic_encoder_comes_back_from_its_file(tmp_path, width):
     export_semantic_onnx(encoder, tmp_path / "encoder.onnx")
     found = import_semantic_onnx(tmp_path / "encoder.onnx", config).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in encoder.state_dict().items())
+    export_semantic_onnx(encoder, tmp_path / "half.onnx", is_half=True)
+    found = import_semantic_onnx(tmp_path / "half.onnx", config).state_dict()
+    for name, tensor in encoder.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-6)
+    assert (tmp_path / "half.onnx").stat().st_size < 0.6 * (tmp_path / "encoder.onnx").stat().st_size
     with pytest.raises(InvalidCheckpoint, match=r"encoder\.onnx"):
         import_semantic_onnx(tmp_path / "encoder.onnx", SemanticConfig(size=32, heads=4, layers=3, codebook_dim=width))

@@ -1,7 +1,7 @@
 """Assemble the small checkpoint in the published layout from the runs. `python -m
 services.trainer.recipes.nano.export models/nano`.
 
-Weights in bfloat16 where a loader converts them, float32 in the ONNX files; a `SHA256SUMS` beside them. Where the
+Weights in bfloat16 where a loader converts them, the tokenizers' in float16; a `SHA256SUMS` beside them. Where the
 runs were restored from a released checkpoint (`restore`), `--tokenizers CHECKPOINT` takes its tokenizers and speaker
 encoder.
 """
@@ -108,12 +108,13 @@ def write_tokenizers(root: Path) -> None:
         student.codebook.centroids,
         folder / LINGUISTIC_FOLDER,
         folder / "linguistic_tokenizer.npy",
+        is_half=True,
     )
     autoencoder = semantic.Autoencoder(linguistic.CONFIG.output_size)
     load("semantic", "model", autoencoder)
     encoder = autoencoder.encoder
     encoder.codebook.copy_(autoencoder.codebook.centroids)
-    export_semantic_onnx(encoder.eval(), folder / "speech_tokenizer_v1.onnx")
+    export_semantic_onnx(encoder.eval(), folder / "speech_tokenizer_v1.onnx", is_half=True)
 
 
 def copy_tokenizers(released: Checkpoint, root: Path) -> dict[str, int]:

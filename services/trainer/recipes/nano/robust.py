@@ -132,7 +132,7 @@ class Linguistic(Tokenizer):
 
     def save(self, folder: Path) -> None:
         centroids = folder / "linguistic_tokenizer.npy"
-        save_linguistic(self.encoder, self.cmvn, self.codebook, folder / LINGUISTIC_FOLDER, centroids)
+        save_linguistic(self.encoder, self.cmvn, self.codebook, folder / LINGUISTIC_FOLDER, centroids, is_half=True)
 
 
 class Semantic(Tokenizer):
@@ -157,7 +157,7 @@ class Semantic(Tokenizer):
         return vectors @ self.codebook.T
 
     def save(self, folder: Path) -> None:
-        export_semantic_onnx(self.encoder, folder / "speech_tokenizer_v1.onnx")
+        export_semantic_onnx(self.encoder, folder / "speech_tokenizer_v1.onnx", is_half=True)
 
 
 KINDS: dict[str, Callable[[Checkpoint], Tokenizer]] = {"linguistic": Linguistic, "semantic": Semantic}
@@ -244,9 +244,8 @@ class Lessons:
         near = pool[max(0, around - 40) : around + 41]  # readings are in order of their length
         longest_s = float(self.readings.rows[near[-1]]["duration_s"])
         chosen = rng.choice(near, max(1, int(self.recipe.batch_s / longest_s)))
-        kinds = (np.arange(len(chosen)) + rng.random(len(chosen))) / len(
-            chosen
-        )  # so that each has its share of a batch
+        places = np.arange(len(chosen)) + rng.random(len(chosen))
+        kinds = places / len(chosen)  # so that each has its share of a batch
         made = [
             heard(self.readings.audio(int(i)), kind, self.recipe, rng, lambda: self._any(rng))
             for i, kind in zip(chosen, kinds, strict=True)
