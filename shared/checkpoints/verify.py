@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from shared.checkpoints import decoder, manifest
+from shared.checkpoints import decoder, manifest, reward
 from shared.checkpoints.layout import Checkpoint, InvalidCheckpoint
 from shared.checkpoints.unfilled import unfilled
 from shared.checkpoints.weights import TensorHeader, read_headers
@@ -110,6 +110,8 @@ def verify(checkpoint: Checkpoint, *, hashes: bool = True) -> Report:
         "linguistic encoder": _linguistic,
         "semantic tokenizer": _semantic,
     }
+    if (checkpoint.root / reward.FOLDER).is_dir():
+        checks["reward model"] = _reward
     if hashes and (checkpoint.root / manifest.FILE).is_file():
         checks["hashes"] = _hashes
     components = []
@@ -183,6 +185,21 @@ def _step1(checkpoint: Checkpoint, component: ComponentReport) -> None:
         for name, place in _json(index)["weight_map"].items():
             if places.get(name, place) != place:
                 component.find("wrong", name, f"the index says {place}, it is in {places[name]}")
+
+
+def _reward(checkpoint: Checkpoint, component: ComponentReport) -> None:
+    folder = reward.reward_folder(checkpoint)
+    trunk = Checkpoint(folder)
+    component.files = [trunk.step1_dir / "config.json", *trunk.step1_files, folder / reward.HEAD]
+    config = Step1Config.from_dict(_json(component.files[0]))
+    found = {name: header for path in trunk.step1_files for name, header in read_headers(path).items()}
+    expected = headers_of(lambda: Step1(config))
+    if "lm_head.weight" not in found:
+        del expected["lm_head.weight"]
+    _weigh(component, expected, found)
+    shapes = {"weight": (1, config.hidden_size), "bias": (1,), "mean": (), "std": ()}
+    head = {name: TensorHeader(shape, "float32") for name, shape in shapes.items()}
+    component.findings += compare(head, read_headers(folder / reward.HEAD))
 
 
 def _text_tokenizer(checkpoint: Checkpoint, component: ComponentReport) -> None:

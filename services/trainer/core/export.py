@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -120,9 +121,14 @@ def _replace(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _described(base: Checkpoint, sounds: Sequence[str]) -> dict[str, object]:
-    """The base's metadata with more sounds; a base that does not say what it learned is said to know all."""
-    document = base.metadata.model_dump(mode="json", exclude_none=True)
+def _described(base: Checkpoint, sounds: Sequence[str]) -> dict[str, Any]:
+    """The base's metadata with more sounds; a base that does not say what it learned is said to know all.
+
+    What only the base's own recipe reads in its file is kept.
+    """
+    file = base.root / METADATA_FILE
+    document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    document |= base.metadata.model_dump(mode="json", exclude_none=True)
     known = base.metadata.trained_on
     if known is not None:
         document["trained_on"]["paralinguistic"] = sorted({*known.paralinguistic, *sounds})

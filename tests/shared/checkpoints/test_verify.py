@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from shared.checkpoints import manifest
 from shared.checkpoints.layout import DECODER_FOLDER, EDITX_FOLDER, LINGUISTIC_FOLDER, TOKENIZER_FOLDER, Checkpoint
 from shared.checkpoints.verify import Report, verify
+from tests.fixtures.tiny import with_reward
 
 DECODER = f"{EDITX_FOLDER}/{DECODER_FOLDER}"
 LINGUISTIC = f"{TOKENIZER_FOLDER}/{LINGUISTIC_FOLDER}"
@@ -194,3 +195,13 @@ def test_hashes_are_compared_when_there_is_a_list(root: Path) -> None:
     change_state(root / DECODER / "flow.pt", lambda state: state["encoder_proj.bias"].add_(1))
     assert findings(check(root))["hashes"][0].startswith(f"wrong {DECODER}/flow.pt sha256")
     assert findings(verify(Checkpoint.resolve(root), hashes=False)) == {}
+
+
+def test_a_reward_model_is_checked_where_there_is_one(root: Path, tmp_path: Path) -> None:
+    judged = with_reward(root, tmp_path / "judged")
+    assert "reward model" in {component.name for component in check(judged).components}
+    assert findings(check(judged)) == {}
+    save_file({"weight": torch.zeros(1, 7), "bias": torch.zeros(1)}, judged / "reward" / "reward_head.safetensors")
+    found = findings(check(judged))["reward model"]
+    assert "wrong weight shape [1, 7], expected [1, 48]" in found
+    assert any(line.startswith("missing mean") for line in found)
