@@ -20,7 +20,7 @@ from shared.inference.port import DeadlineExceeded, RequestCancelled
 from shared.jobs import machine
 from shared.jobs.machine import Fenced, FutureStep, JobClosed, NotNow, StaleStep
 from shared.jobs.port import JobNotFound, JobStore
-from shared.publishing import publish_failed, publish_result, publish_step, publish_unreadable
+from shared.publishing import publish_failed, publish_next, publish_result, publish_unreadable
 from shared.retry import RetryPolicy, job_error
 from shared.schemas.job import Job, JobError, JobState
 from shared.schemas.messages import BusMessage
@@ -88,6 +88,7 @@ class Execution:
         self.stop = threading.Event()
         self.held: Held | None = None
         self.leased_at = 0.0
+        self._current: Attempt | None = None
         self._delivery = delivery
         self._handler = handler
         self._bus = bus
@@ -101,6 +102,11 @@ class Execution:
         self._draining = True
         self.stop.set()
 
+    def report(self) -> None:
+        """Pass on how far the handler is, if it told since the last time. Raises Fenced, JobNotFound."""
+        if self._current is not None:
+            self._current.report()
+
     def run(self) -> Verdict:
         """Do what the message asks for."""
         self.stop.clear()
@@ -113,7 +119,7 @@ class Execution:
             log.exception("message %s was not done", self._delivery.offset)
             return later(LOOK_AGAIN_S)
         finally:
-            self.held = None
+            self.held = self._current = None
 
     def _read_and_process(self) -> Verdict:
         delivery = self._delivery
@@ -162,7 +168,7 @@ class Execution:
     def _attempt(self, job: Job) -> Verdict:
         if job.attempts > self._settings.retry.attempts_max:
             return self._fail(job, _exhausted(job))
-        attempt = Attempt(job, self._jobs, self._store, self.stop)
+        attempt = self._current = Attempt(job, self._jobs, self._store, self.stop)
         began = time.perf_counter()
         try:
             attempt.check_cancelled()
@@ -176,6 +182,7 @@ class Execution:
         except Exception as error:
             self._count(job, "error", began)
             return self._failed(job, error)
+        self._current = None
         self._count(job, "ok", began)
         token, metrics = job.last_token, attempt.metrics
         if (rtf := metrics.get("rtf")) is not None:
@@ -185,7 +192,7 @@ class Execution:
         if moved.is_terminal:
             publish_result(self._bus, moved)
         else:
-            publish_step(self._bus, self._jobs, moved)
+            publish_next(self._bus, moved)
         return DONE
 
     def _stopped(self, job: Job, error: RequestCancelled) -> Verdict:
@@ -235,7 +242,7 @@ class Execution:
         """The step is done. If a worker died before the next message was out, it is published now."""
         job = self._jobs.get(message.job_id)
         if not job.is_terminal and job.dispatched < job.step_index:
-            publish_step(self._bus, self._jobs, job)
+            publish_next(self._bus, job)
         return DONE
 
     def _persist(self, job: Job, move: Callable[[Job, float], machine.Move]) -> Job:

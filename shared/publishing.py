@@ -17,15 +17,21 @@ from shared.schemas.route import DLQ_FAILED, DLQ_UNREADABLE
 
 
 def publish_step(bus: Bus, jobs: JobStore, job: Job) -> Job:
-    """Publish the message of a job's current step and note that in its record.
+    """Publish the message of a job's current step and note that in its record, for whoever has no message that would
+    come again if it died in between.
 
     Raises BusUnavailable: nothing is noted then.
     """
+    publish_next(bus, job)
+    return machine.apply(jobs, job.id, lambda stored, now: machine.dispatched(stored, job.step_index, now), job)
+
+
+def publish_next(bus: Bus, job: Job) -> None:
+    """Publish the message of a job's current step. Raises BusUnavailable."""
     message = BusMessage.for_step(job)
     with telemetry.sending(message.topic, job.id, parent=job.trace):
         trace = telemetry.inject() or dict(job.trace)
         bus.publish(message.topic, *message.model_copy(update={"trace": trace}).to_record())
-    return machine.apply(jobs, job.id, lambda job, now: machine.dispatched(job, message.step_index, now), job)
 
 
 def publish_unreadable(bus: Bus, delivery: Delivery, error: EditxError) -> None:

@@ -86,7 +86,8 @@ class Attempt:
         self.latest = job
         self._jobs = jobs
         self._store = store
-        self._reported_at = 0.0
+        self._reported_at = time.monotonic()
+        self._untold: tuple[float, str] | None = None
 
     def read(self, name: str) -> bytes:
         self.check_cancelled()
@@ -98,12 +99,17 @@ class Attempt:
 
     def progress(self, fraction: float, note: str = "") -> None:
         self.check_cancelled()
-        now = time.monotonic()
-        if now - self._reported_at < PROGRESS_EVERY_S:
+        self._untold = (fraction, note)
+        if time.monotonic() - self._reported_at >= PROGRESS_EVERY_S:
+            self.report()
+
+    def report(self) -> None:
+        """Pass on the progress that was told last, unless it was passed on. Raises Fenced, JobNotFound."""
+        told, self._untold = self._untold, None
+        if told is None:
             return
-        self._reported_at = now
-        token = self.job.last_token
-        report: Callable[[Job, float], machine.Move] = lambda job, now: machine.report(job, token, fraction, note, now)  # noqa: E731
+        self._reported_at, token = time.monotonic(), self.job.last_token
+        report: Callable[[Job, float], machine.Move] = lambda job, now: machine.report(job, token, *told, now)  # noqa: E731
         self.latest = machine.apply(self._jobs, self.job.id, report, self.latest)
         if self.latest.cancel_requested:
             self.stop.set()

@@ -253,13 +253,14 @@ class Worker:
         task.reader.tasks.remove(task)
 
     def _watch(self) -> None:
-        """Renew the leases of running steps, and notice cancelled jobs."""
+        """Renew the leases of running steps, pass on their progress, and notice cancelled jobs."""
         now = time.monotonic()
         for task in self._tasks:
             held = task.execution.held
             if task.thread is None or held is None or now - task.renewed_at < self._settings.watch_s:
                 continue
             try:
+                task.execution.report()
                 job = self._renew(held) if self._renews(task, now) else self._jobs.get(held.job_id)
             except (Fenced, JobNotFound):
                 task.execution.stop.set()

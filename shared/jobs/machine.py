@@ -99,9 +99,7 @@ def dispatched(job: Job, step_index: int, now: float) -> Move:
     """The message of a step is on the bus. Nothing changes when the job has moved on since."""
     if job.is_terminal or job.step_index != step_index or (job.lease is not None and job.lease.expires_at > now):
         return Move(job)
-    due_at = max(now, job.not_before) + QUEUE_GRACE_S
-    due_at = due_at if job.deadline is None else min(due_at, max(job.deadline, now + DISPATCH_GRACE_S))
-    return Move(_next(job, now, dispatched=step_index, due_at=due_at))
+    return Move(_next(job, now, dispatched=step_index, due_at=_queued_until(job, max(now, job.not_before), now)))
 
 
 def acquire(job: Job, step_index: int, owner: str, ttl_s: float, now: float) -> Move:
@@ -159,7 +157,8 @@ def report(job: Job, token: int, fraction: float, note: str, now: float) -> Move
 def advance(job: Job, token: int, now: float, metrics: Mapping[str, float] | None = None) -> Move:
     """The current step is done: on to the next one, or the job is done (cancelled, if that was asked for).
 
-    Raises Fenced.
+    The next step's message counts as queued already: should its publisher die, the message of this step comes again and
+    has it published. Raises Fenced.
     """
     _held(job, token)
     started = now if job.step_started_at is None else job.step_started_at
@@ -183,7 +182,7 @@ def advance(job: Job, token: int, now: float, metrics: Mapping[str, float] | Non
         step_started_at=None,
         error=None,
         note="",
-        due_at=now + DISPATCH_GRACE_S,
+        due_at=_queued_until(job, now, now),
     )
     data = {"kind": timing.kind, "seconds": round(now - started, 3), **timing.metrics}
     done = _event(job.model_copy(update={"progress": moved.progress}), "step", now, data=data)
@@ -264,6 +263,12 @@ def apply(jobs: JobStore, job_id: str, move: Callable[[Job, float], Move], known
         except VersionConflict:
             time.sleep(random.uniform(0, 0.002 * (tries + 1)))
     raise VersionConflict(f"The job {job_id} changed {CONFLICTS_MAX} times in a row while it was written.")
+
+
+def _queued_until(job: Job, since: float, now: float) -> float:
+    """When the sweeper looks after a message that is in its queue `since` then."""
+    until = since + QUEUE_GRACE_S
+    return until if job.deadline is None else min(until, max(job.deadline, now + DISPATCH_GRACE_S))
 
 
 def _held(job: Job, token: int) -> LeaseState:

@@ -430,13 +430,25 @@ def test_the_sweeper_forgets_uploads_of_yesterday(tmp_path: Path) -> None:
 
 
 def test_progress_is_told_and_never_falls(world: World) -> None:
+    def notes(job_id: str) -> list[tuple[str, float]]:
+        events = world.jobs.events(job_id)
+        return [(event.note, round(event.progress, 3)) for event in events if event.type == "progress"]
+
     def tell(step: StepContext) -> None:
+        step.progress(0.1, "begun")
         step.progress(0.5, "halfway")
+        give_up_at = time.monotonic() + PATIENCE_S
+        while slow and not notes(step.job.id) and time.monotonic() < give_up_at:
+            time.sleep(0.01)
         step.measure("rtf", 0.25)
 
+    slow = True
     job = world.submit()
     world.work(FakeHandler(act=tell))
     moved = world.wait(job, at_step(1))
     assert moved.timings[0].metrics == {"rtf": 0.25}
-    notes = [(event.note, round(event.progress, 3)) for event in world.jobs.events(job.id) if event.type == "progress"]
-    assert notes == [("halfway", 0.167)]
+    assert notes(job.id) == [("halfway", 0.167)]
+    slow = False
+    quick = world.submit()
+    world.wait(quick, at_step(1))
+    assert notes(quick.id) == [], "a step that is over at once tells its end alone"
