@@ -71,7 +71,7 @@ def post(
     entries: Set = None,
     measures: Annotated[bool, typer.Option(help="Word errors, voice and naturalness by the offline judges.")] = True,
 ) -> None:
-    """All stages: record, judges, data, both SFT sets, preferences, reward, ppo, evaluate, measure."""
+    """All stages: record, judges, data, both SFT sets, iterate, preferences, reward, ppo, evaluate, measure."""
     from editx.training import Served
     from services.trainer.core.configs import parse_assignments, read_config, with_entries
     from services.trainer.core.runs import Bar

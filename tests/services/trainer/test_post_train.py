@@ -94,6 +94,20 @@ def test_all_stages_run_and_leave_checkpoints_that_verify(post: PostTrain) -> No
     assert (post.root / "runs" / "ppo" / "curves.png").exists()
 
 
+def test_some_prompts_start_from_what_the_model_said_itself(post: PostTrain) -> None:
+    post.run()
+    found = post.work.summary("iterate")
+    assert [found[name]["own"] for name in ("prompts", "held_out")] == [2, 1]
+    given, asked = (post.work.dataset(name).rows for name in ("prompts", "prompts_iterated"))
+    kinds = []
+    for before, after in zip(given, asked, strict=True):
+        kinds.append(after.id.removeprefix(before.id))
+        assert (after.edit, after.source.text) == (before.edit, before.source.text)
+        tokens, _ = post.work.reference(after)
+        assert tokens.mixed.tolist() == after.source.mixed.tolist()
+    assert sorted(kinds) == ["", "-cloned", "-edited"]
+
+
 def test_the_reward_model_also_learns_from_relabelled_answers_and_from_readings(post: PostTrain) -> None:
     post.run()
     found = post.work.summary("reward")

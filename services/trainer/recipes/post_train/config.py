@@ -23,7 +23,8 @@ class PostTrainConfig:
     `record` says how much is recorded. `pairs` emotion and style edits, `clones` clones, `rehearsal` speed, denoise and
     vad edits and `sounds` paralinguistic ones per SFT set (the large-margin and the unfiltered set have the same size
     and differ in the pairs only); `judge_pairs` recordings to fit each of the two judges; `prompts` for preferences and
-    PPO, `held_out` for the reward model's test, `candidates` answers to each; pairs of candidates whose ratings differ
+    PPO, `held_out` for the reward model's test, of both `own_sources` with a recording by the SFT model as source
+    (`iterated`), `candidates` answers to each; pairs of candidates whose ratings differ
     by more than `judge_margin`, and beside them for the reward model `relabelled` pairs of the same candidates, rated
     for labels that nobody asked for (`listening`), and `contrasts` pairs of recordings (`Material.contrasts`), of which
     the paper has neither; the `hardest_share` of prompts for PPO; `cases` of the benchmark, each done with `seeds`
@@ -38,6 +39,7 @@ class PostTrainConfig:
     judge_pairs: int = 500
     prompts: int = 240
     held_out: int = 60
+    own_sources: float = 0.67
     candidates: int = CANDIDATES_PER_PROMPT
     relabelled: int = 0
     contrasts: int = 0
@@ -88,7 +90,7 @@ def cpu() -> PostTrainConfig:
     temperature 0.6: hotter ones differ little more in manner and say other words (docs/experiments.md).
     """
     big = gpu()
-    ppo = replace(big.ppo, steps=70, critic_warmup=10, prompts_per_step=8, minibatch=16, micro=8, temperature=0.6,
+    ppo = replace(big.ppo, steps=240, critic_warmup=24, prompts_per_step=8, minibatch=16, micro=8, temperature=0.35,
                   loop=replace(big.ppo.loop, device="cpu", save_every=5, precision="bf16"))  # fmt: skip
     sft = replace(big.sft, epochs=2, row_tokens=2048, rows_per_batch=1, replaced=0.15,
                   loop=replace(big.sft.loop, lr=3e-5, final_lr=3e-6, device="cpu", save_every=20,
@@ -101,7 +103,7 @@ def cpu() -> PostTrainConfig:
         record=RecordConfig(groups=1500, benchmark_groups=60, teacher_share=0.08, strongest=1.4),
         pairs=900, clones=900, rehearsal=450, sounds=150, judge_pairs=500, prompts=180, held_out=60,
         candidates=20, relabelled=5000, contrasts=1500, judge_margin=2.0, pairs_per_prompt=12, cases=70, seeds=2,
-        temperature=0.6,
+        temperature=0.35,
         sft=sft, reward=reward, ppo=ppo,
     )  # fmt: skip
 

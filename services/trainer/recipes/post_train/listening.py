@@ -193,7 +193,9 @@ def relabelled(
             edit = edit_towards(f"{task}/{label}")
             rated = [(ears.rate(judge, edit, heard), candidate) for candidate, heard in own]
             order = rng.permutation(len(rated))
-            pairs = [(rated[a], rated[b]) for a in order for b in order if rated[a][0] - rated[b][0] > margin]
+            pairs = [
+                (rated[a], rated[b]) for a in order for b in order if a != b and rated[a][0] - rated[b][0] > margin
+            ]
             for better, worse in (pairs[k] for k in rng.permutation(len(pairs))[:PAIRS_PER_LABEL]):
                 prompt = rows[better[1].prompt].model_copy(update={"edit": edit})
                 made.append(pair_of(prompt, better[1], worse[1], better[0] - worse[0], "acoustic judge a, relabelled"))

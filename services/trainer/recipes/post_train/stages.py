@@ -44,6 +44,7 @@ from services.trainer.evaluate.system import PortSystem
 from services.trainer.ppo.rollouts import LocalRollouts, LocalScorer
 from services.trainer.ppo.trainer import PpoTrainer, as_critic, hardest, prompts_of
 from services.trainer.recipes.post_train.config import PostTrainConfig
+from services.trainer.recipes.post_train.iterated import iterate
 from services.trainer.recipes.post_train.listening import (
     TASKS,
     Ears,
@@ -53,7 +54,7 @@ from services.trainer.recipes.post_train.listening import (
     fit_words,
     relabelled,
 )
-from services.trainer.recipes.post_train.material import Item, Material, edit_towards
+from services.trainer.recipes.post_train.material import NEUTRAL, Item, Material, Part, edit_towards
 from services.trainer.recipes.post_train.outcome import write_benchmark, write_outcome
 from services.trainer.recipes.post_train.readers import Reader
 from services.trainer.recipes.post_train.recordings import Sentences, load, nano_sentences, plan, record
@@ -76,6 +77,7 @@ Serve = Callable[[Path, str], Inference]
 """Checkpoint folder and device -> the models "tokenizer", "llm" and "decoder" of it."""
 
 SETS = ("unfiltered", "large_margin")
+PROMPTS: tuple[Part, ...] = ("prompts", "held_out")
 SYSTEMS = ("base", "sft_unfiltered", "sft_large_margin", "ppo", "best_of_8")
 WORDS = "words.json"
 BEST_OF = 8
@@ -175,9 +177,8 @@ class PostTrain:
             check_leaks(dataset.rows, [held_out])
             self.work.save(dataset)
             summary[name] = statistics(dataset)
-        for name, part, count in (("prompts", "prompts", c.prompts), ("held_out", "held_out", c.held_out)):
-            where: Any = part
-            pairs = material.pairs(where, TASKS)[:count]
+        for name in PROMPTS:
+            pairs = material.pairs(name, TASKS)[: getattr(c, name)]
             prompts = [material.row(source, target, edit_towards(target.manner)) for source, target in pairs]
             check_leaks(prompts, [held_out])
             for row, (source, _) in zip(prompts, pairs, strict=True):
@@ -201,6 +202,24 @@ class PostTrain:
         self._write(f"sft_{name}", trainer.state(), {"stage": "sft", "data": dataset.version}, sounds_in(dataset.rows))
         return {"steps": trainer.run.total, "left_out": trainer.left_out, "data": dataset.version}
 
+    def iterate(self) -> dict[str, Any]:
+        """Let a share of the prompts start from what the SFT model says itself."""
+        c, material = self.config, self._material()
+        system = self._system(self.work.checkpoint("sft_large_margin"))
+        summary: dict[str, Any] = {}
+        for name in PROMPTS:
+            rows = self.work.dataset(name).rows
+            readings = [item for item in material.part(name) if item.manner == NEUTRAL]
+            progress = self.observer.progress if self.observer is not None else lambda fraction, note: None
+            own = iterate(rows, name, readings, system, self.work, share=c.own_sources, seed=c.seed, workers=c.workers,
+                          progress=progress)  # fmt: skip
+            self.work.save(collect(f"{name}_iterated", own, on_bad="skip"))
+            summary[name] = {"rows": len(own), "own": sum(a.id != b.id for a, b in zip(own, rows, strict=True))}
+        return summary
+
+    def _asked(self, name: str) -> Sequence[Row]:
+        return self.work.dataset(f"{name}_iterated").rows
+
     def preferences(self) -> dict[str, Any]:
         """Candidates by the SFT model, made audible and rated; pairs for training and for the reward model's test."""
         c = self.config
@@ -208,8 +227,8 @@ class PostTrain:
         checkpoint = self.work.checkpoint("sft_large_margin")
         model, system = self._model(Checkpoint(checkpoint)), self._system(checkpoint)
         summary: dict[str, Any] = {}
-        for name in ("prompts", "held_out"):
-            rows = self.work.dataset(name).rows
+        for name in PROMPTS:
+            rows = self._asked(name)
             lines = self._candidates(name, rows, model, system, ears)
             candidates = [Candidate(**{k: line[k] for k in ("id", "prompt", "mixed")}) for line in lines]
             scores = {line["id"]: line["judge_a"] for line in lines}
@@ -275,12 +294,12 @@ class PostTrain:
     def ppo(self) -> dict[str, Any]:
         """PPO from the large-margin SFT model on the prompts that were hardest for it."""
         c, base = self.config, Checkpoint(self.work.checkpoint("sft_large_margin"))
-        rows = self.work.dataset("prompts").rows
+        rows = self._asked("prompts")
         scores: dict[str, list[float]] = {}
         for line in self.work.read_lines("candidates_prompts.jsonl"):
             scores.setdefault(line["prompt"], []).append(line["judge_a"])
         hard = hardest(rows, [float(np.mean(scores[row.id])) for row in rows], c.hardest_share)
-        watched = list(self.work.dataset("held_out").rows)
+        watched = self._asked("held_out")
         system, ears = self._system(base.root), self._ears("judge_a")
 
         def listen(places: Sequence[int], answers: Sequence[Codes]) -> float:
@@ -294,7 +313,7 @@ class PostTrain:
             LocalRollouts(self._model(base), self.vocabulary, slots=c.slots),
             LocalScorer(self._reward(), self.vocabulary), self.vocabulary, c.ppo, self.work.run("ppo"),
             watched=prompts_of(self.tokenizer, watched, c.ppo), judge=listen,
-            data={"prompts": self.work.dataset("prompts").content_hash}, observer=self.observer,
+            data={"prompts": self.work.dataset("prompts_iterated").content_hash}, observer=self.observer,
         )  # fmt: skip
         trainer.train()
         sounds = sounds_in(self.work.dataset("large_margin").rows)
@@ -406,7 +425,7 @@ class PostTrain:
 
     def _best_of(self, trainer: RewardTrainer) -> dict[str, float]:
         """Judge b's mean rating of the candidate that the reward model picks among 8, and of a candidate at random."""
-        rows = {row.id: row for row in self.work.dataset("held_out").rows}
+        rows = {row.id: row for row in self._asked("held_out")}
         groups: dict[str, list[dict[str, Any]]] = {}
         for line in self.work.read_lines("candidates_held_out.jsonl"):
             groups.setdefault(line["prompt"], []).append(line)
@@ -436,6 +455,7 @@ STAGES: dict[str, Callable[[PostTrain], dict[str, Any]]] = {
     "data": PostTrain.data,
     "sft_unfiltered": lambda post: post.sft("unfiltered"),
     "sft_large_margin": lambda post: post.sft("large_margin"),
+    "iterate": PostTrain.iterate,
     "preferences": PostTrain.preferences,
     "reward": PostTrain.reward,
     "ppo": PostTrain.ppo,

@@ -66,12 +66,18 @@ class Workplace:
     def run(self, name: str) -> Path:
         return self.root / "runs" / name
 
-    def keep_reference(self, system: PortSystem, row: Row, waveform: Waveform) -> None:
-        """What decoding and judging answers to a row need of its source: its tokens, and how it sounds decoded."""
+    def keep_reference(
+        self, system: PortSystem, row: Row, waveform: Waveform, compared: Waveform | None = None
+    ) -> None:  # fmt: skip
+        """What decoding and judging answers to a row need of its source: its tokens, and how it sounds decoded.
+
+        `compared` is the recording that answers are compared with where that is not the source.
+        """
         path = self.root / "references" / f"{row.source.sha256}.safetensors"
         if not path.exists():
             tokens = system.tokenize(waveform)
-            decoded = features(at_16k(system.decode(row.source.mixed, tokens)), row.source.text)
+            before = tokens if compared is None or compared is waveform else system.tokenize(compared)
+            decoded = features(at_16k(system.decode(before.mixed, before)), row.source.text)
             path.with_suffix(".json").write_text(json.dumps(decoded.tolist()))
             partial = path.with_suffix(".partial")
             partial.write_bytes(tokens.to_bytes())
