@@ -73,6 +73,14 @@ class Group:
         dist.all_reduce(tensor)
         return float(tensor)
 
+    def mean(self, value: float, weight: float) -> float:
+        """The mean of a number over all processes, weighted; the same on every one of them."""
+        return value if self.world == 1 else self.total(value * weight) / self.total(weight)
+
+    def anywhere(self, fact: bool) -> bool:
+        """Whether something holds on at least one process; the same on every one of them."""
+        return self.total(float(fact)) > 0
+
     def share(self, count: int) -> range:
         """This process's part of `count` things."""
         return range(self.rank, count, self.world)

@@ -142,9 +142,10 @@ class TrainingRun:
         """The steps still to do, from 0 or where the saved run stopped; raises RunStopped when it has to stop."""
         self._since_step = self.step
         while not self.is_done:
-            if self._observer.cancelled() or time.monotonic() > self._until:
+            cancelled = self.group.anywhere(self._observer.cancelled())
+            if cancelled or self.group.anywhere(time.monotonic() > self._until):
                 self.save()
-                why = "was cancelled" if self._observer.cancelled() else "used up its minutes"
+                why = "was cancelled" if cancelled else "used up its minutes"
                 raise RunStopped(f"The run {self.folder.name} {why} at step {self.step} of {self.total}.",
                                  "Start it again to go on.")  # fmt: skip
             yield self.step
@@ -152,12 +153,14 @@ class TrainingRun:
             draw_curves(self.folder / LOG, self.folder / "curves.png")
 
     def finish_step(self, metrics: Mapping[str, float]) -> None:
-        """Count a step; log, save and report when due."""
+        """Count a step; log, save and report when due. Raises UserError, on every process, for a number that is none."""
+        wrong = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+        if self.group.anywhere(bool(wrong)):
+            what = wrong[0] if wrong else "A number of another process is not finite"
+            raise UserError(f"{what} at step {self.step} of {self.folder.name}.",
+                            "The last saved state is from before: lower the learning rate, or look at the data.",
+                            "training_diverged")  # fmt: skip
         for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise UserError(f"{name} is {value} at step {self.step} of {self.folder.name}.",
-                                "The last saved state is from before: lower the learning rate, or look at the data.",
-                                "training_diverged")  # fmt: skip
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._counts[name] = self._counts.get(name, 0) + 1
         self.step += 1

@@ -71,15 +71,18 @@ def prepare(model: nn.Module, config: LoopConfig, group: Group) -> nn.Module:
     """A model on its device with adapters, checkpointing and sharding as the config says; the same object."""
     trunk = next(module for module in model.modules() if isinstance(module, Step1))
     if config.lora_rank:
-        add_lora(trunk, config.lora_rank, config.lora_alpha)
+        add_lora(trunk, config.lora_rank, config.lora_alpha, config.seed)
     trunk.gradient_checkpointing = config.gradient_checkpointing
     trunk.attention = config.attention
     model.to(config.device)
     return group.shard(model).train()
 
 
-def add_lora(model: Step1, rank: int, alpha: int) -> None:
-    """Freeze the trunk and put trainable low-rank matrices beside its projections. Raises MissingComponent."""
+def add_lora(model: Step1, rank: int, alpha: int, seed: int) -> None:
+    """Freeze the trunk and put trainable low-rank matrices beside its projections. Raises MissingComponent.
+
+    The matrices start from `seed` alone, so that all processes of a group have the same.
+    """
     try:
         import peft
     except ModuleNotFoundError as error:
@@ -87,7 +90,9 @@ def add_lora(model: Step1, rank: int, alpha: int) -> None:
             "The package peft", "LoRA needs it", "pip install peft (or editx[train]), or set lora_rank to 0."
         ) from error
     settings = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(LORA_TARGETS), lora_dropout=0.0)
-    peft.inject_adapter_in_model(settings, model)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        peft.inject_adapter_in_model(settings, model)
 
 
 def trainable(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -159,6 +164,7 @@ def _like(parameter: Tensor, value: Tensor) -> Tensor:
     return value.to(parameter.device)
 
 
+@torch.no_grad()
 def plain_state(model: Step1) -> dict[str, Tensor]:
     """The weights under the published names, LoRA merged in, shards joined, on the CPU."""
     merged: dict[str, Tensor] = {}
@@ -169,6 +175,6 @@ def plain_state(model: Step1) -> dict[str, Tensor]:
         value = whole(parameter.detach())
         if ".base_layer." in name:
             owner: Any = modules[name.partition(".base_layer.")[0]]
-            value = value + owner.get_delta_weight("default").to(value.dtype)
+            value = value + whole(owner.get_delta_weight("default")).to(value.dtype)
         merged[name.replace(".base_layer.", ".")] = value.cpu()
     return merged

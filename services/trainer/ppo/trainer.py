@@ -182,10 +182,13 @@ class PpoTrainer:
         rewards[torch.arange(len(rollouts), device=last.device), last] -= c.unfinished_penalty * unfinished.float()
         advantages, returns = gae(rewards, values, batch.mask, c.gamma, c.lam)
         reward = (scores * batch.audio).sum(1) / batch.audio.sum(1)
+        kl = float(masked_mean(kl_estimate(old, reference, "k3"), batch.mask))
+        answers = len(rollouts)
         facts = {
-            "reward": float(reward.mean()), "reward_std": float(reward.std(unbiased=False)),
-            "kl": float(masked_mean(kl_estimate(old, reference, "k3"), batch.mask)),
-            "length": float(batch.audio.sum(1).mean()), "unfinished": float(unfinished.float().mean()),
+            "reward": self.group.mean(float(reward.mean()), answers), "reward_std": float(reward.std(unbiased=False)),
+            "kl": self.group.mean(kl, float(batch.mask.sum())),
+            "length": self.group.mean(float(batch.audio.sum(1).mean()), answers),
+            "unfinished": float(unfinished.float().mean()),
             "entropy": float(masked_mean(entropy, batch.mask)),
             "explained_variance": float(explained_variance(values, returns, batch.mask)),
         }  # fmt: skip
@@ -264,10 +267,10 @@ class PpoTrainer:
     def _check(self, step: int) -> dict[str, float]:
         """Reward, and the judge's score where there is one, of answers to the watched prompts, always the same seed."""
         drawn = self.rollouts.draw(self.watched, self.config.temperature, self.loop.seed + 17)
-        reward = float(np.mean([own.mean() for own in self.scorer.score(drawn)]))
+        reward = self.group.mean(float(np.mean([own.mean() for own in self.scorer.score(drawn)])), 1)
         if self.judge is None:
             return {"watched_reward": reward}
-        judged = self.judge(range(len(drawn)), [one.mixed for one in drawn])
+        judged = self.group.mean(self.judge(range(len(drawn)), [one.mixed for one in drawn]), 1)
         return {"watched_reward": reward, "judge": judged, "divergence": self.watch.check(step, reward, judged)}
 
 

@@ -1,49 +1,111 @@
-"""Two processes under torchrun train as one with two accumulated batches: whole weights (ddp) and shards (fsdp)."""
+"""Two processes under torchrun train as one with two accumulated batches, and stop together: ddp and fsdp."""
 
+import os
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from services.trainer.core.distributed import leave_group
+from services.trainer.core.runs import Observer, RunStopped, Silent
+from services.trainer.core.sampling import Vocabulary
 from services.trainer.core.settings import LoopConfig
+from services.trainer.ppo.config import PpoConfig
+from services.trainer.ppo.guards import Runaway
+from services.trainer.ppo.rollouts import LocalRollouts, Rollout
+from services.trainer.ppo.trainer import PpoTrainer, prompts_of
 from services.trainer.sft.trainer import SftConfig, SftTrainer
 from shared.checkpoints import Checkpoint
 from shared.checkpoints.reward import load_reward
 from shared.checkpoints.step1 import load_step1, load_text_tokenizer
 from shared.checkpoints.verify import verify
 from shared.errors import UserError
+from shared.models.reward import Step1Reward
 from tests.services.trainer.conftest import make_row
+from tests.services.trainer.test_sft import StopAfter
 
 CONFIG = SftConfig(row_tokens=1024, rows_per_batch=1, loop=LoopConfig(lr=1e-3, final_lr=1e-4, log_every=1))
 ROOT = Path(__file__).parents[3]
 
 
-def train(checkpoint: Path, folder: Path, sharding: str, accumulate: int) -> None:
+def train(
+    checkpoint: Path, folder: Path, sharding: str, accumulate: int, *, lora_rank: int = 0,
+    observer: Observer | None = None,
+) -> None:  # fmt: skip
     torch.set_num_threads(1)
     found = Checkpoint.resolve(checkpoint)
-    config = replace(CONFIG, loop=replace(CONFIG.loop, sharding=sharding, accumulate=accumulate))
+    config = replace(CONFIG, loop=replace(CONFIG.loop, sharding=sharding, accumulate=accumulate, lora_rank=lora_rank))
     trainer = SftTrainer(load_step1(found, dtype=torch.float32), load_text_tokenizer(found),
-                         [make_row(i) for i in range(5)], config, folder)  # fmt: skip
+                         [make_row(i) for i in range(5)], config, folder, observer=observer)  # fmt: skip
     trainer.train()
     state = trainer.state()
     if trainer.group.is_main:
         torch.save(state, folder / "weights.pt")
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_two_processes_train_as_one_with_two_batches(sharding: str, tiny: Path, tmp_path: Path) -> None:
-    train(tiny, tmp_path / "alone", "none", 2)
+class HighOnTheSecond:
+    """Rewards that run away on one process only."""
+
+    def score(self, rollouts: list[Rollout]) -> list[np.ndarray]:
+        reward = 100.0 if os.environ["RANK"] == "1" else 0.0
+        return [np.full(len(rollout.mixed), reward, np.float32) for rollout in rollouts]
+
+
+def run_away(checkpoint: Path, folder: Path) -> None:
+    """A PPO run that leaves a file per process that a guard stopped."""
+    torch.set_num_threads(1)
+    found = Checkpoint.resolve(checkpoint)
+    tokenizer = load_text_tokenizer(found)
+    vocabulary = Vocabulary(tokenizer.audio_offset, tokenizer.eos)
+    config = PpoConfig(steps=2, critic_warmup=1, prompts_per_step=2, samples_per_prompt=1, max_stretch=0.5,
+                       extra_groups=1, loop=replace(CONFIG.loop, sharding="ddp"))  # fmt: skip
+    actor, critic, reference, drawer = (load_step1(found, dtype=torch.float32) for _ in range(4))
+    prompts = prompts_of(tokenizer, [make_row(0), make_row(1)], config)
+    trainer = PpoTrainer(actor, Step1Reward(critic), reference, prompts, LocalRollouts(drawer, vocabulary),
+                         HighOnTheSecond(), vocabulary, config, folder)  # fmt: skip
+    try:
+        trainer.train()
+    except Runaway:
+        (folder / f"stopped-{trainer.group.rank}").touch()
+
+
+def in_two_processes(checkpoint: Path, folder: Path, how: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-               "tests.services.trainer.test_distributed", str(tiny), str(tmp_path / "both"), sharding]  # fmt: skip
+               "tests.services.trainer.test_distributed", str(checkpoint), str(folder), how]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("how", "lora_rank"), [("ddp", 0), ("fsdp", 0), ("fsdp-lora", 4)])
+def test_two_processes_train_as_one_with_two_batches(how: str, lora_rank: int, tiny: Path, tmp_path: Path) -> None:
+    train(tiny, tmp_path / "alone", "none", 2, lora_rank=lora_rank)
+    in_two_processes(tiny, tmp_path / "both", how)
     alone, both = (torch.load(tmp_path / name / "weights.pt") for name in ("alone", "both"))
     for name, tensor in alone.items():
         torch.testing.assert_close(both[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_sharded_run_that_one_process_stopped_goes_on_exactly(tiny: Path, tmp_path: Path) -> None:
+    in_two_processes(tiny, tmp_path / "whole", "fsdp-lora")
+    in_two_processes(tiny, tmp_path / "parts", "fsdp-lora-stop")
+    assert not (tmp_path / "parts" / "weights.pt").exists()
+    assert torch.load(tmp_path / "parts" / "state.pt", weights_only=True)["step"] == 1
+    in_two_processes(tiny, tmp_path / "parts", "fsdp-lora")
+    whole, parts = (torch.load(tmp_path / name / "weights.pt") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(parts[name], tensor), name
+
+
+def test_a_guard_stops_all_processes_when_one_runs_away(tiny: Path, tmp_path: Path) -> None:
+    in_two_processes(tiny, tmp_path / "run", "run-away")
+    assert {path.name for path in (tmp_path / "run").glob("stopped-*")} == {"stopped-0", "stopped-1"}
+    assert (tmp_path / "run" / "state.pt").exists()
 
 
 def test_a_sharded_reward_model_is_written_once_and_whole(tiny: Path, tmp_path: Path) -> None:
@@ -68,5 +130,11 @@ def test_shards_without_torchrun_are_refused(tiny: Path, tmp_path: Path) -> None
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], 1)
+    base, place, (kind, *more) = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split("-")
+    if kind == "run":
+        run_away(base, place)
+    else:
+        stops = "stop" in more and os.environ["RANK"] == "1"
+        with suppress(RunStopped):
+            train(base, place, kind, 1, lora_rank=4 * ("lora" in more), observer=StopAfter(1) if stops else Silent())
     leave_group()
