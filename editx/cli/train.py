@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +30,9 @@ Rollouts = Annotated[str, typer.Option(help=(
     "EDITX_TRAINER_POOL that load from EDITX_TRAINER_POOL_FOLDER) or local (the trainer's own sampler)."
 ))]  # fmt: skip
 Scores = Annotated[str, typer.Option(help="Who scores them: local, or pool (EDITX_TRAINER_REWARD_URL).")]
+Hardest = Annotated[float, typer.Option(help=(
+    "Share of the prompts that is trained on: those whose answers by the base get the lowest rewards."
+))]  # fmt: skip
 Gate = Annotated[list[str] | None, typer.Option(help="Lowest value of a measure to publish, e.g. accuracy=0.8.")]
 
 
@@ -53,11 +58,12 @@ def reward(
 def ppo(
     data: Data, out: Out, judge: Annotated[str, typer.Option("--reward", help="Checkpoint of the reward model.")],
     base: Base = "nano", held_out: HeldOut = None, rollouts: Rollouts = "engine", scores: Scores = "local",
+    hardest_share: Hardest = 1.0,
     config: Config = None, entries: Set = None, publish: Publish = None, gate: Gate = None,
     device: options.DeviceOption = "cpu",
 ) -> None:  # fmt: skip
     """PPO against a reward model, from an SFT checkpoint and prompts (rows of any data set)."""
-    settings = _settings(base, data, held_out, judge, config, entries, publish, gate, rollouts, scores)
+    settings = _settings(base, data, held_out, judge, config, entries, publish, gate, rollouts, scores, hardest_share)
     _run("ppo", settings, out, device)
 
 
@@ -71,7 +77,12 @@ def post(
     entries: Set = None,
     measures: Annotated[bool, typer.Option(help="Word errors, voice and naturalness by the offline judges.")] = True,
 ) -> None:
-    """All stages: record, judges, data, both SFT sets, iterate, preferences, reward, ppo, evaluate, measure."""
+    """All stages: record, judges, data, both SFT sets, iterate, preferences, reward, ppo, evaluate, measure.
+
+    In one process; the single stages run in several.
+    """
+    import os
+
     from editx.training import Served
     from services.trainer.core.configs import parse_assignments, read_config, with_entries
     from services.trainer.core.runs import Bar
@@ -85,6 +96,11 @@ def post(
     from shared.checkpoints.layout import Checkpoint
     from shared.errors import UserError
 
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise UserError(f"`editx train post` runs in one process, and torchrun started {processes}.",
+                        "Start one, or run the single stages under torchrun: editx train sft, reward or ppo.",
+                        "invalid_training")  # fmt: skip
     if form not in FORMS:
         raise UserError(f"There is no form {form!r}.", f"Known: {', '.join(FORMS)}.", "invalid_training")
     chosen = with_entries(FORMS[form](), read_config(config) if config else {})
@@ -98,7 +114,8 @@ def post(
             measures=OfflineMeasures(Judges(assets.prepare().whisper)) if measures and "measure" in wanted else None,
             observer=Bar("post-training"),
         )  # fmt: skip
-        training.run(stage or ())
+        with _measured():
+            training.run(stage or ())
     finally:
         served.close()
     for name in STAGES:
@@ -114,11 +131,15 @@ def submit(
     recipe: Annotated[str, typer.Argument(help="sft, reward or ppo.")],
     data: Data, base: Base = "nano", held_out: HeldOut = None,
     judge: Annotated[str | None, typer.Option("--reward", help="Checkpoint of the reward model, for ppo.")] = None,
-    rollouts: Rollouts = "local", scores: Scores = "local",
+    rollouts: Rollouts = "local", scores: Scores = "local", hardest_share: Hardest = 1.0,
     config: Config = None, entries: Set = None, publish: Publish = None, gate: Gate = None,
 ) -> None:  # fmt: skip
-    """Send a training job to the hosted system (EDITX_BUS_URL, EDITX_JOBS_URL, EDITX_STORE_URL) and print its id."""
+    """Send a training job to the hosted system (EDITX_BUS_URL, EDITX_JOBS_URL, EDITX_STORE_URL) and print its id.
+
+    Data sets that are folders here are put into the artifact store, where every worker finds them.
+    """
     from services.trainer.data.manifest import Dataset
+    from services.trainer.jobs import check_gate
     from shared.jobs import machine
     from shared.publishing import publish_step
     from shared.schemas import JobRequest
@@ -126,11 +147,16 @@ def submit(
     from shared.service import ServiceSettings
     from shared.wiring import open_bus, open_jobs, open_store
 
+    settings = _settings(base, data, held_out, judge, config, entries, publish, gate, rollouts, scores, hardest_share)
+    check_gate(recipe, settings)
     surroundings = ServiceSettings()
+    local = {name: Path(source) for name in ("dataset", "held_out")
+             if (source := getattr(settings, name)) and Path(source).exists()}  # fmt: skip
+    if local:
+        store = open_store(surroundings.store_url)
+        stored = {name: Dataset.load(path).publish(store) for name, path in local.items()}
+        settings = settings.model_copy(update=stored)
     bus, jobs = open_bus(surroundings.bus_url), open_jobs(surroundings.jobs_url)
-    if Path(data).exists():
-        data = Dataset.load(Path(data)).publish(open_store(surroundings.store_url))
-    settings = _settings(base, data, held_out, judge, config, entries, publish, gate, rollouts, scores)
     training = TrainingRequest(recipe=recipe, settings=settings.model_dump(mode="json"))
     accepted = machine.accept(JobRequest(training=training, lane="batch"), jobs.now())
     job = publish_step(bus, jobs, jobs.create(accepted.job, accepted.events).job)
@@ -142,6 +168,7 @@ def submit(
 def _settings(
     base: str, data: str, held_out: str | None, judge: str | None, config: Path | None, entries: list[str] | None,
     publish: str | None, gate: list[str] | None, rollouts: str = "local", scores: str = "local",
+    hardest_share: float = 1.0,
 ) -> TrainingSettings:  # fmt: skip
     from services.trainer.core.configs import parse_assignments, read_config
     from services.trainer.jobs import parse_settings
@@ -151,6 +178,7 @@ def _settings(
     return parse_settings({
         "base": base, "dataset": data, "held_out": held_out, "reward": judge, "config": merged, "publish": publish,
         "gate": parse_assignments(gate or []), "rollouts": rollouts, "scores": scores,
+        "hardest_share": hardest_share,
     })  # fmt: skip
 
 
@@ -177,8 +205,26 @@ def _run(recipe: str, settings: TrainingSettings, out: Path, device: str) -> Non
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     store = open_store(os.environ.get("EDITX_STORE_URL") or f"file://{(out / 'store').absolute()}")
-    measures = carry_out(recipe, settings, training_place(out, store, device, observer))
+    with _measured():
+        measures = carry_out(recipe, settings, training_place(out, store, device, observer))
     if rank == 0:
         write_json(out / "measures.json", measures)
         live = publish(settings, measures, out, checkpoints_home())
         typer.echo(json.dumps({"checkpoint": str(live or out / "checkpoint"), **measures}))
+
+
+@contextmanager
+def _measured() -> Iterator[None]:
+    """Metrics of the run go to the collector at EDITX_OTLP_ENDPOINT, where there is one."""
+    from shared import telemetry
+    from shared.service import ServiceSettings
+
+    endpoint = ServiceSettings().otlp_endpoint
+    if endpoint is None:
+        yield
+        return
+    end = telemetry.configure("trainer", otlp_endpoint=endpoint)
+    try:
+        yield
+    finally:
+        end()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from services.trainer.core.runs import LOG, RunStopped
-from services.trainer.jobs import Place, carry_out, parse_settings, publish
+from services.trainer.jobs import HELD_OUT_REPORT, Place, carry_out, parse_settings, publish
 from services.trainer.ppo.sources import local_rollouts, local_scorer, pool_rollouts, pool_scorer
 from services.trainer.settings import TrainerSettings
 from services.trainer.states import States
@@ -53,7 +53,7 @@ class TrainHandler:
         self._settings = settings or TrainerSettings()
 
     def run(self, step: StepContext) -> None:
-        """Train, measure, publish if the gate lets it; writes measures.json, log.jsonl and curves.png."""
+        """Train, measure, publish if the gate lets it; writes the measures, the log and its curves."""
         parameters = step.step.parameters
         settings = parse_settings(parameters["settings"])
         if self._settings.threads:
@@ -73,7 +73,8 @@ class TrainHandler:
         for name, value in measures.items():
             step.measure(name, value)
         step.write("measures.json", json.dumps(measures).encode(), "application/json")
-        for name, content_type in ((LOG, "application/jsonl"), ("curves.png", "image/png")):
+        kept = ((LOG, "application/jsonl"), ("curves.png", "image/png"), (HELD_OUT_REPORT, "application/json"))
+        for name, content_type in kept:
             if (folder / "run" / name).exists():
                 step.write(name, (folder / "run" / name).read_bytes(), content_type)
         live = publish(settings, measures, folder, self._settings.publish or checkpoints_home())

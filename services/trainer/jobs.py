@@ -2,15 +2,16 @@
 
 Settings: "base" (checkpoint), "dataset" (a prefix in the artifact store or a folder), "held_out" (the same, for the
 measures), "config" (entries of the stage's dataclass), for ppo "reward" (checkpoint of the reward model), "rollouts"
-and "scores" (where they come from); "publish" (name of the new checkpoint) and "gate" ({measure: lowest value}) for
-publishing. Knows no bus.
+and "scores" (where they come from) and "hardest_share" (train on the prompts whose answers by the base score lowest);
+"publish" (name of the new checkpoint) and "gate" ({measure: lowest value}) for publishing. Knows no bus.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -18,21 +19,24 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from services.trainer.core.configs import with_entries
-from services.trainer.core.distributed import Group, leave_group
+from services.trainer.core.distributed import Group, join_group, leave_group
 from services.trainer.core.export import write_checkpoint, write_sums
+from services.trainer.core.hashes import weights_hash
 from services.trainer.core.runs import Observer
 from services.trainer.core.sampling import Vocabulary
 from services.trainer.data.manifest import Dataset, fetch
-from services.trainer.data.rows import reason
+from services.trainer.data.rows import Row, reason
 from services.trainer.ppo.config import PpoConfig
+from services.trainer.ppo.rollouts import Scorer
 from services.trainer.ppo.sources import MakeRollouts, MakeScorer, Request, local_rollouts, local_scorer
-from services.trainer.ppo.trainer import PpoTrainer, as_critic, prompts_of
+from services.trainer.ppo.trainer import PpoTrainer, as_critic, hardest, prompts_of, start_scores
 from services.trainer.reward.trainer import RewardConfig, RewardTrainer
 from services.trainer.sft.trainer import SftConfig, SftTrainer, evaluate_loss
 from shared.checkpoints.layout import Checkpoint
-from shared.checkpoints.reward import FOLDER, load_reward
+from shared.checkpoints.reward import FOLDER, load_reward, reward_folder
 from shared.checkpoints.step1 import load_step1, load_text_tokenizer
 from shared.errors import PermanentError, UserError
+from shared.prompts import TextTokenizer
 from shared.store.port import ArtifactStore
 
 
@@ -47,6 +51,7 @@ class TrainingSettings(BaseModel):
     reward: str | None = None
     rollouts: Literal["local", "engine", "pool"] = "local"
     scores: Literal["local", "pool"] = "local"
+    hardest_share: float = Field(default=1.0, gt=0, le=1)
     config: dict[str, Any] = Field(default_factory=dict)
     publish: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     gate: dict[str, float] = Field(default_factory=dict)
@@ -77,6 +82,14 @@ class Place:
 
 Measures = dict[str, float]
 Recipe = Callable[[TrainingSettings, Place], Measures]
+GROUP_ACCURACY = "accuracy "
+HELD_OUT_REPORT, PROMPTS = "held_out.json", "prompts.json"
+MEASURED: dict[str, tuple[str, ...]] = {
+    "sft": ("held_out_loss", "loss_gain"),
+    "reward": ("accuracy", "standard_error", "calibration_error"),
+    "ppo": ("watched_reward_gain",),
+}
+"""What each recipe measures on held_out; reward also "accuracy GROUP" for every group of its pairs."""
 
 
 def parse_settings(settings: Mapping[str, Any]) -> TrainingSettings:
@@ -87,10 +100,22 @@ def parse_settings(settings: Mapping[str, Any]) -> TrainingSettings:
         raise UserError(f"The training settings are wrong: {reason(error)}.", code="invalid_training") from error
 
 
-def carry_out(recipe: str, settings: TrainingSettings, place: Place) -> Measures:
-    """Train (from the folder's state if there is one) into folder/checkpoint; the measures. Raises UserError."""
+def check_gate(recipe: str, settings: TrainingSettings) -> None:
+    """Raises UserError for an unknown recipe, and for a gate on a measure that the job would not produce."""
     if recipe not in RECIPES:
         raise UserError(f"There is no recipe {recipe!r}.", f"Known: {', '.join(RECIPES)}.", "unknown_recipe")
+    if settings.gate and settings.held_out is None:
+        raise UserError(f"The gate asks for {', '.join(settings.gate)}, which is measured on held-out data.",
+                        "Give held_out, or no gate.", "invalid_training")  # fmt: skip
+    for name in settings.gate:
+        if name not in MEASURED[recipe] and not (recipe == "reward" and name.startswith(GROUP_ACCURACY)):
+            raise UserError(f"The gate asks for {name}, which {recipe} does not measure.",
+                            f"Measured: {', '.join(MEASURED[recipe])}.", "invalid_training")  # fmt: skip
+
+
+def carry_out(recipe: str, settings: TrainingSettings, place: Place) -> Measures:
+    """Train (from the folder's state if there is one) into folder/checkpoint; the measures. Raises UserError."""
+    check_gate(recipe, settings)
     measures = RECIPES[recipe](settings, place)
     leave_group()
     return measures
@@ -134,10 +159,10 @@ def _sft(settings: TrainingSettings, place: Place) -> Measures:
     config = with_entries(SftConfig(), _loop(settings, place))
     tokenizer = load_text_tokenizer(base)
     model = load_step1(base, dtype=torch.float32, device=place.device)
-    held_out = place.dataset(settings.held_out).rows if settings.held_out else ()
+    data, held_out = _read(settings, place, base, dataset)
     before = evaluate_loss(model, tokenizer, held_out, config) if held_out else 0.0
     trainer = SftTrainer(model, tokenizer, dataset.rows, config, place.folder / "run",
-                         data={"dataset": dataset.content_hash}, observer=place.observer)  # fmt: skip
+                         data=data, observer=place.observer)  # fmt: skip
     trainer.train()
     _write(settings, place, base, trainer.state(), "sft", dataset, trainer.group)
     if not held_out:
@@ -149,10 +174,11 @@ def _sft(settings: TrainingSettings, place: Place) -> Measures:
 def _reward(settings: TrainingSettings, place: Place) -> Measures:
     base, dataset = Checkpoint.resolve(settings.base), place.dataset(settings.dataset)
     config = with_entries(RewardConfig(), _loop(settings, place))
+    data, held_out = _read(settings, place, base, dataset)
     tokenizer = load_text_tokenizer(base)
     trunk = load_step1(base, dtype=torch.float32, device=place.device)
     trainer = RewardTrainer(trunk, tokenizer, dataset.rows, config, place.folder / "run",
-                            data={"dataset": dataset.content_hash}, observer=place.observer)  # fmt: skip
+                            data=data, observer=place.observer)  # fmt: skip
     trainer.train()
     untouched = load_step1(base, dtype=torch.float32).state_dict()
     target = place.folder / "checkpoint"
@@ -160,10 +186,12 @@ def _reward(settings: TrainingSettings, place: Place) -> Measures:
     trainer.save(base, target / FOLDER)
     if trainer.group.is_main:
         write_sums(target)
-    if not settings.held_out:
+    if not held_out:
         return {}
-    report = trainer.evaluate(place.dataset(settings.held_out).rows, tokenizer)
-    return {"accuracy": report["accuracy"], "calibration_error": report["calibration_error"]}
+    report = trainer.evaluate(held_out, tokenizer)
+    trainer.run.note(HELD_OUT_REPORT, report)
+    groups = {f"{GROUP_ACCURACY}{name}": group["accuracy"] for name, group in report["groups"].items()}
+    return {name: report[name] for name in MEASURED["reward"]} | groups
 
 
 def _ppo(settings: TrainingSettings, place: Place) -> Measures:
@@ -171,7 +199,8 @@ def _ppo(settings: TrainingSettings, place: Place) -> Measures:
         raise UserError("A ppo job needs reward: the checkpoint of the reward model.", code="invalid_training")
     base, scored = Checkpoint.resolve(settings.base), Checkpoint.resolve(settings.reward)
     dataset = place.dataset(settings.dataset)
-    held_out = place.dataset(settings.held_out).rows if settings.held_out else ()
+    data, held_out = _read(settings, place, base, dataset)
+    data["reward"] = weights_hash(reward_folder(scored).glob("*.safetensors"))
     config = with_entries(PpoConfig(), _loop(settings, place))
     tokenizer = load_text_tokenizer(base)
     vocabulary = Vocabulary(tokenizer.audio_offset, tokenizer.eos)
@@ -179,18 +208,51 @@ def _ppo(settings: TrainingSettings, place: Place) -> Measures:
     critic, _ = load_reward(scored, dtype=torch.float32, device=place.device)
     request = Request(base, scored, vocabulary, config, place.device)
     scorer = _source(place.scorers, settings.scores, "scores")(request)
+    rows = dataset.rows
+    if settings.hardest_share < 1:
+        rows = _hardest(settings, place, dataset, request, tokenizer, scorer)
+        data["prompts"] = replace(dataset, rows=rows).content_hash
     rollouts = _source(place.rollouts, settings.rollouts, "rollouts")(request)
     try:
         trainer = PpoTrainer(
-            actor, as_critic(critic), reference, prompts_of(tokenizer, dataset.rows, config), rollouts, scorer,
+            actor, as_critic(critic), reference, prompts_of(tokenizer, rows, config), rollouts, scorer,
             vocabulary, config, place.folder / "run", watched=prompts_of(tokenizer, held_out, config),
-            data={"dataset": dataset.content_hash}, observer=place.observer,
+            data=data, observer=place.observer,
         )  # fmt: skip
+        if settings.hardest_share < 1:
+            trainer.run.note(PROMPTS, {"share": settings.hardest_share, "ids": [row.id for row in rows]})
         trainer.train()
     finally:
         rollouts.close()
     _write(settings, place, base, trainer.state(), "ppo", dataset, trainer.group)
     return trainer.gains()
+
+
+def _read(
+    settings: TrainingSettings, place: Place, base: Checkpoint, dataset: Dataset
+) -> tuple[dict[str, str], Sequence[Row]]:  # fmt: skip
+    """Hashes of what every recipe reads, and the held-out rows."""
+    data = {"dataset": dataset.content_hash, "base": weights_hash(base.step1_files)}
+    if settings.held_out is None:
+        return data, ()
+    held_out = place.dataset(settings.held_out)
+    return data | {"held_out": held_out.content_hash}, held_out.rows
+
+
+def _hardest(
+    settings: TrainingSettings, place: Place, dataset: Dataset, request: Request, tokenizer: TextTokenizer,
+    scorer: Scorer,
+) -> tuple[Row, ...]:  # fmt: skip
+    """The rows whose answers by the base score lowest, as the run folder has them or drawn with the run's seed."""
+    noted = place.folder / "run" / PROMPTS
+    known: dict[str, Any] = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}
+    if known.get("share") == settings.hardest_share:
+        return tuple(row for row in dataset.rows if row.id in set(known["ids"]))
+    config = request.config
+    group = join_group(config.loop.sharding, place.device)
+    scores = start_scores(prompts_of(tokenizer, dataset.rows, config), local_rollouts(request), scorer,
+                          config.temperature, config.loop.seed, group)  # fmt: skip
+    return tuple(hardest(dataset.rows, scores, settings.hardest_share))
 
 
 def _write(

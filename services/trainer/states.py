@@ -14,7 +14,7 @@ from services.trainer.core.runs import LOG, STATE
 from shared.errors import PermanentError
 from shared.store.port import ArtifactNotFound, ArtifactStore
 
-KEPT = ("config.json", "versions.json", STATE, LOG)
+KEPT = ("config.json", "versions.json", STATE, LOG, "prompts.json")
 
 
 @dataclass(frozen=True)

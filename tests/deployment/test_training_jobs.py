@@ -14,6 +14,7 @@ import yaml
 from editx.cli import data, evaluate, train
 from services.trainer.core.configs import with_entries
 from services.trainer.data.specs import Spec
+from services.trainer.jobs import TrainingSettings, check_gate
 from services.trainer.ppo.config import PpoConfig
 from services.trainer.reward.trainer import RewardConfig
 from services.trainer.settings import TrainerSettings
@@ -71,6 +72,16 @@ def test_each_stage_starts_from_what_the_one_before_it_published() -> None:
         assert used <= {"/checkpoints/current", *published}
         published.append(options["publish"])
     assert LITERALS["EVAL_CHECKPOINT"] == published[-1]
+
+
+@pytest.mark.parametrize("stage", ["train-sft", "train-reward", "train-ppo"])
+def test_a_stage_publishes_behind_a_gate_that_it_measures(stage: str) -> None:
+    _, recipe, *words = arguments(stage)
+    options = dict(word[2:].split("=", 1) for word in words)
+    name, _, least = options["gate"].partition("=")
+    settings = TrainingSettings(base=options["base"], dataset=options["data"], held_out=options["held-out"],
+                                gate={name: float(least)})  # fmt: skip
+    check_gate(recipe, settings)
 
 
 def test_the_trainer_of_the_compose_file_keeps_runs_and_publishes_where_others_read() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,11 +67,17 @@ class Group:
 
     def total(self, value: float) -> float:
         """The sum of a number over all processes."""
+        return self.totals([value])[0]
+
+    def totals(self, values: Sequence[float]) -> list[float]:
+        """The sums of numbers over all processes, place by place."""
         if self.world == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+            return list(values)
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        tensor = torch.tensor(values, dtype=torch.float64, device=device)
         dist.all_reduce(tensor)
-        return float(tensor)
+        found: list[float] = tensor.tolist()
+        return found
 
     def mean(self, value: float, weight: float) -> float:
         """The mean of a number over all processes, weighted; the same on every one of them."""

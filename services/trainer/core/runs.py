@@ -15,7 +15,9 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -153,7 +155,7 @@ class TrainingRun:
             draw_curves(self.folder / LOG, self.folder / "curves.png")
 
     def finish_step(self, metrics: Mapping[str, float]) -> None:
-        """Count a step; log, save and report when due. Raises UserError, on every process, for a number that is none."""
+        """Count a step; log, save and report when due. Raises UserError on every process where one has a NaN."""
         wrong = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
         if self.group.anywhere(bool(wrong)):
             what = wrong[0] if wrong else "A number of another process is not finite"
@@ -251,8 +253,12 @@ def read_log(folder: Path) -> list[dict[str, float]]:
 
 def versions() -> dict[str, str]:
     """What the numbers of a run depend on besides config and data."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "platform": platform.platform()}  # fmt: skip
+    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+             "platform": platform.platform()}  # fmt: skip
+    for package in ("editx", "peft"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def write_json(path: Path, document: object) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from services.trainer.core.batches import epoch_order
-from services.trainer.core.distributed import clip_gradients, join_group
+from services.trainer.core.distributed import Group, clip_gradients, join_group
 from services.trainer.core.objectives import (
     explained_variance,
     gae,
@@ -281,6 +281,18 @@ def as_critic(model: Step1Reward) -> Step1Reward:
         tensor.zero_()
     model.std.fill_(1.0)
     return model
+
+
+def start_scores(
+    prompts: Sequence[Prompt], rollouts: Rollouts, scorer: Scorer, temperature: float, seed: int, group: Group
+) -> list[float]:  # fmt: skip
+    """The reward of one answer to each prompt, drawn with the weights that `rollouts` has; alike on every process."""
+    mine = list(group.share(len(prompts)))
+    drawn = rollouts.draw([prompts[k] for k in mine], temperature, seed * group.world + group.rank) if mine else []
+    scores = [0.0] * len(prompts)
+    for k, own in zip(mine, scorer.score(drawn), strict=True):
+        scores[k] = float(own.mean())
+    return group.totals(scores)
 
 
 def hardest(rows: Sequence[Row], scores: Sequence[float], share: float) -> list[Row]:

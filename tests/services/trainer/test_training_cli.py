@@ -1,6 +1,7 @@
 """The commands of post-training, run as a user runs them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,11 @@ import yaml
 
 from editx.cli.app import run
 from services.trainer.core.runs import read_log
-from services.trainer.data.manifest import collect
+from services.trainer.data.manifest import collect, fetch
+from shared import telemetry
 from shared.audio.io import Waveform, write_audio
+from shared.jobs.memory import MemoryJobStore
+from shared.store.folder import FolderStore
 from tests.services.trainer.conftest import make_row, random_codes
 from tests.services.trainer.test_data import RATE, tone
 
@@ -90,6 +94,80 @@ def test_fine_tuning_goes_on_and_publishes(rows: Path, tiny: Path, tmp_path: Pat
     assert "belongs to another config" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_only_from_the_same_base_and_held_out_data(
+    rows: Path, tiny: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setenv("EDITX_CHECKPOINTS_DIR", str(tmp_path / "home"))
+    few = tmp_path / "few.jsonl"
+    few.write_text(rows.read_text().splitlines(keepends=True)[0])
+
+    def train(base: Path, held_out: Path) -> int:
+        return run(["train", "sft", "--data", str(rows), "--held-out", str(held_out), "--base", str(base), "--out",
+                    str(tmp_path / "run"), "--set", "loop.lr=1e-3", "--publish", "mine"])  # fmt: skip
+
+    assert train(tiny, rows) == 0
+    config = json.loads((tmp_path / "run" / "run" / "config.json").read_text())
+    assert config["data"].keys() == {"dataset", "base", "held_out"}
+    assert {"editx", "peft"} <= json.loads((tmp_path / "run" / "run" / "versions.json").read_text()).keys()
+    for base, held_out in ((tmp_path / "home" / "mine", rows), (tiny, few)):
+        capsys.readouterr()
+        assert train(base, held_out) == 2
+        assert "other data" in capsys.readouterr().err
+
+
+def test_metrics_of_a_command_go_to_the_collector(rows: Path, tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    told: list[str] = []
+
+    def configure(service: str, *, otlp_endpoint: str) -> Callable[[], None]:
+        told.append(f"{service} to {otlp_endpoint}")
+        return lambda: told.append("end")
+
+    monkeypatch.setattr(telemetry, "configure", configure)
+    arguments = ["train", "sft", "--data", str(rows), "--base", str(tiny), "--out", str(tmp_path / "run")]
+    assert run(arguments) == 0
+    assert not told
+    monkeypatch.setenv("EDITX_OTLP_ENDPOINT", "http://collector:4318")
+    assert run(arguments) == 0
+    assert told == ["trainer to http://collector:4318", "end"]
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["sft", "--gate", "loss_gain=0.0"], "which is measured on held-out data"),
+    (["sft", "--held-out", "ROWS", "--gate", "accuracy=0.8"], "The gate asks for accuracy, which sft does not measure"),
+    (["ppo", "--held-out", "ROWS", "--gate", "judge_gain=0"], "which ppo does not measure"),
+    (["dpo"], "There is no recipe 'dpo'"),
+])  # fmt: skip
+def test_a_job_whose_gate_can_only_fail_is_refused_when_it_is_submitted(
+    words: list[str], message: str, rows: Path, capsys
+) -> None:
+    assert run(["train", "submit", *(str(rows) if w == "ROWS" else w for w in words), "--data", str(rows)]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_submitted_job_finds_both_data_sets_in_the_store(rows: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    jobs = MemoryJobStore()
+    monkeypatch.setattr("shared.wiring.open_jobs", lambda url: jobs)
+    monkeypatch.setenv("EDITX_BUS_URL", "memory:")
+    monkeypatch.setenv("EDITX_STORE_URL", f"file://{tmp_path / 'store'}")
+    held_out = tmp_path / "held.jsonl"
+    held_out.write_text(rows.read_text())
+    assert run(["train", "submit", "sft", "--data", str(rows), "--held-out", str(held_out), "--gate",
+                "loss_gain=0.0"]) == 0  # fmt: skip
+    training = jobs.get(capsys.readouterr().out.strip()).request.training
+    assert training is not None
+    store = FolderStore(tmp_path / "store")
+    for name, expected in (("dataset", "rows"), ("held_out", "held")):
+        assert training.settings[name].startswith(f"datasets/{expected}/")
+        assert len(fetch(store, training.settings[name], tmp_path).rows) == 6
+
+
+def test_all_stages_in_a_row_refuse_several_processes(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(["train", "post", "--work", str(tmp_path / "work")]) == 2
+    assert "single stages under torchrun" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "work").exists()
+
+
 def test_the_benchmark_runs_with_a_fitted_judge_and_is_reported(tiny: Path, tmp_path: Path, capsys) -> None:
     rng = np.random.default_rng(0)
     lines = []
@@ -122,7 +200,11 @@ def test_a_trained_reward_model_picks_candidates_and_teaches_the_policy(
                  str(tmp_path / "reward"), "--set", "loop.lr=1e-3", "--publish", "judge",
                  "--gate", "accuracy=0.0"]  # fmt: skip
     assert run(arguments) == 0
-    assert json.loads(capsys.readouterr().out)["checkpoint"] == str(tmp_path / "home" / "judge")
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["checkpoint"] == str(tmp_path / "home" / "judge")
+    assert {"accuracy", "standard_error", "calibration_error", "accuracy category emotion happy"} <= measured.keys()
+    report = json.loads((tmp_path / "reward" / "run" / "held_out.json").read_text())
+    assert report["groups"]["margin from 8"]["pairs"] == 4
     write_audio(Waveform(tone(0.8), RATE), tmp_path / "in.wav", "wav")
     (tmp_path / "in.txt").write_text("well then")
     edit = ["edit", str(tmp_path / "in.wav"), "--denoise", "--checkpoint", "judge", "--n-best", "4", "--seed", "1",
@@ -138,3 +220,9 @@ def test_a_trained_reward_model_picks_candidates_and_teaches_the_policy(
     assert run(arguments) == 0
     assert [line["staleness"] for line in read_log(tmp_path / "ppo" / "run")] == [0, 0]
     assert run([*arguments[:-2], "--rollouts", "psychic"]) == 2
+    hard = [*arguments, "--hardest-share", "0.5", "--out", str(tmp_path / "hard")]
+    assert run(hard) == 0
+    chosen = json.loads((tmp_path / "hard" / "run" / "prompts.json").read_text())
+    assert len(chosen["ids"]) == 3
+    assert run(hard) == 0
+    assert run([*hard, "--hardest-share", "0.7"]) == 2

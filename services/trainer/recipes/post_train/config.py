@@ -125,7 +125,10 @@ def tiny() -> PostTrainConfig:
 
 
 def official(device: str = "cuda") -> PostTrainConfig:
-    """The 3B release: the rates of arXiv 2511.03601, sharded over several GPUs under torchrun, with recomputation."""
+    """The 3B release: the rates of arXiv 2511.03601, sharded, with recomputation.
+
+    The stages in a row run in one process; over several GPUs the trainings are run one by one (`editx train`).
+    """
 
     def loop(lr: float, final: float) -> LoopConfig:
         return _loop(

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from services.trainer.core.export import write_checkpoint, write_with_reward
+from services.trainer.core.hashes import weights_hash
 from services.trainer.core.plots import draw_histograms
 from services.trainer.core.runs import Observer
 from services.trainer.core.sampling import Vocabulary, bounds_for, draw
 from services.trainer.data.checks import HeldOut, check_leaks, statistics
-from services.trainer.data.manifest import collect
+from services.trainer.data.manifest import Dataset, collect
 from services.trainer.data.margin import MarginScorer, Thresholds, keep_large_margins
 from services.trainer.data.preferences import Candidate, make_pairs
 from services.trainer.data.rows import Row
@@ -197,7 +198,8 @@ class PostTrain:
         dataset = self.work.dataset(name)
         model = load_step1(self.base, dtype=torch.float32, device=self.config.device)
         trainer = SftTrainer(model, self.tokenizer, dataset.rows, self.config.sft, self.work.run(f"sft_{name}"),
-                             data={name: dataset.content_hash}, observer=self.observer)  # fmt: skip
+                             data={name: dataset.content_hash, "base": weights_hash(self.base.step1_files)},
+                             observer=self.observer)  # fmt: skip
         trainer.train()
         self._write(f"sft_{name}", trainer.state(), {"stage": "sft", "data": dataset.version}, sounds_in(dataset.rows))
         return {"steps": trainer.run.total, "left_out": trainer.left_out, "data": dataset.version}
@@ -277,18 +279,21 @@ class PostTrain:
         c, base = self.config, Checkpoint(self.work.checkpoint("sft_large_margin"))
         dataset, held_out = self.work.dataset("preferences_prompts"), self.work.dataset("preferences_held_out")
         readings = self._material().contrasts(c.contrasts, c.seed)
-        more = self.work.dataset("preferences_relabelled").rows
+        more = self.work.dataset("preferences_relabelled")
         if not dataset.rows:
             raise UserError("No pair of candidates is as far apart as judge_margin asks.",
                             "Lower judge_margin in the config, or draw more candidates.", "no_preferences")  # fmt: skip
         trunk = load_step1(base, dtype=torch.float32, device=c.device)
-        pairs = [*dataset.rows, *more, *readings]
+        pairs = [*dataset.rows, *more.rows, *readings]
+        data = {"preferences": dataset.content_hash, "relabelled": more.content_hash,
+                "contrasts": Dataset("contrasts", tuple(readings)).content_hash,
+                "held_out": held_out.content_hash, "base": weights_hash(base.step1_files)}  # fmt: skip
         trainer = RewardTrainer(trunk, self.tokenizer, pairs, c.reward, self.work.run("reward"),
-                                data={"preferences": dataset.content_hash}, observer=self.observer)  # fmt: skip
+                                data=data, observer=self.observer)  # fmt: skip
         trainer.train()
         trainer.save(base, self.work.checkpoint("reward"))
         report = trainer.evaluate(held_out.rows, self.tokenizer) if held_out.rows else {}
-        return {"train_pairs": len(dataset.rows), "relabelled": len(more), "contrasts": len(readings),
+        return {"train_pairs": len(dataset.rows), "relabelled": len(more.rows), "contrasts": len(readings),
                 "held_out": report, "best_of": self._best_of(trainer)}  # fmt: skip
 
     def ppo(self) -> dict[str, Any]:
@@ -313,7 +318,11 @@ class PostTrain:
             LocalRollouts(self._model(base), self.vocabulary, slots=c.slots),
             LocalScorer(self._reward(), self.vocabulary), self.vocabulary, c.ppo, self.work.run("ppo"),
             watched=prompts_of(self.tokenizer, watched, c.ppo), judge=listen,
-            data={"prompts": self.work.dataset("prompts_iterated").content_hash}, observer=self.observer,
+            data={"prompts": Dataset("hardest", tuple(hard)).content_hash,
+                  "held_out": self.work.dataset("held_out_iterated").content_hash,
+                  "base": weights_hash(base.step1_files),
+                  "reward": weights_hash(self.work.checkpoint("reward").glob("*.safetensors"))},
+            observer=self.observer,
         )  # fmt: skip
         trainer.train()
         sounds = sounds_in(self.work.dataset("large_margin").rows)
