@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 class ServiceSettings(BaseSettings):
     """Where a worker finds its surroundings; environment variables with the prefix EDITX_."""
 
-    model_config = SettingsConfigDict(env_prefix="EDITX_", extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="EDITX_", env_ignore_empty=True, extra="ignore")
 
     bus_url: str = "kafka://localhost:9092"
     store_url: str = "s3+http://localhost:9000/editx"
