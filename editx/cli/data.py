@@ -34,14 +34,14 @@ def build(
 
     served = Served()
     try:
-        dataset = build_spec(
+        built = build_spec(
             read_config(description),
             description.parent,
             lambda: tokenize_with(served(Checkpoint.resolve(checkpoint).root, device)),
         )
     finally:
         served.close()
-    folder = dataset.save(out)
+    folder, dataset = built.save(out), built.dataset
     document = {"folder": str(folder), "version": dataset.version, "rows": len(dataset.rows),
                 "refused": [refused.__dict__ for refused in dataset.refused]}  # fmt: skip
     if as_json:

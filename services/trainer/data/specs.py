@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from services.trainer.core.plots import draw_histograms
+from services.trainer.core.runs import write_json
 from services.trainer.data import build
 from services.trainer.data.checks import HeldOut, check_leaks
 from services.trainer.data.manifest import Dataset, Refused, collect, read_rows
-from services.trainer.data.margin import MarginScorer, Thresholds, keep_large_margins
+from services.trainer.data.margin import LOWEST_THRESHOLD, Filtered, MarginScorer, Thresholds, keep_large_margins
 from services.trainer.data.preferences import HUMAN_MARGIN, Candidate, Weights, make_pairs, read_ratings, scores_of
 from services.trainer.data.rows import Row, reason
 from services.trainer.data.teachers import RecipeTeacher, Teacher
@@ -45,29 +48,82 @@ class Spec(BaseModel):
     speakers: dict[str, list[str]] = Field(default_factory=dict, description="Language to the teacher's speakers.")
     count: int = Field(default=100, ge=1)
     seed: int = 0
-    margin_scorer: Path | None = None
-    threshold: float | None = Field(default=None, description="Drop triplets under it; 6 at least.")
-    thresholds: dict[str, float] = Field(default_factory=dict, description="The same per category.")
+    margin_scorer: Path | None = Field(default=None, description="What `editx data fit-margins` wrote, for triplets.")
+    threshold: float | None = Field(
+        default=None, ge=LOWEST_THRESHOLD, description="Rows under it are dropped: 6 for triplets, none for rows."
+    )
+    thresholds: dict[str, float] = Field(default_factory=dict, description="The same per category (emotion sad).")
+    unfiltered: bool = Field(default=False, description="Keep triplets of every margin, to compare with.")
     preference_margin: float = HUMAN_MARGIN
     against: list[Path] = Field(default_factory=list, description="Evaluation sets that must not leak.")
     share_speakers: bool = False
     lowest_rate_hz: int = Field(default=16_000, description="Recordings of a lower rate are bad rows.")
     on_bad: Literal["skip", "fail"] = "fail"
 
+    @field_validator("thresholds")
+    @classmethod
+    def _of_categories(cls, thresholds: dict[str, float]) -> dict[str, float]:
+        for category, value in thresholds.items():
+            kind, _, detail = category.partition(" ")
+            try:
+                check_tag(kind, detail)
+            except UserError as error:
+                raise ValueError(f"{category!r}: {error.message}") from error
+            if not value >= LOWEST_THRESHOLD:
+                raise ValueError(f"{category!r} is {value}, none may be under {LOWEST_THRESHOLD:g}")
+        return thresholds
+
+    @model_validator(mode="after")
+    def _margins_agree(self) -> Self:
+        bounded = self.threshold is not None or bool(self.thresholds)
+        if self.unfiltered and bounded:
+            raise ValueError("unfiltered keeps every margin, and a threshold drops some: leave one out")
+        if bounded and self.kind not in ("triplets", "rows"):
+            raise ValueError(f"a set of kind {self.kind} has no margins that a threshold could be for")
+        if (self.margin_scorer is not None or self.unfiltered) and self.kind != "triplets":
+            raise ValueError("margin_scorer and unfiltered are for sets of kind triplets")
+        if self.kind == "triplets" and self.margin_scorer is None and not self.unfiltered:
+            raise ValueError("triplets are kept by their margin: name a margin_scorer (editx data fit-margins writes "
+                             "one), or say unfiltered: true")  # fmt: skip
+        return self
+
+    @property
+    def margin_thresholds(self) -> Thresholds | None:
+        """Which margins are kept, None for a set that is not filtered."""
+        if self.unfiltered or (self.kind != "triplets" and self.threshold is None and not self.thresholds):
+            return None
+        return Thresholds(LOWEST_THRESHOLD if self.threshold is None else self.threshold, self.thresholds)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A data set, and where it was filtered the margins by category before and after."""
+
+    dataset: Dataset
+    filtered: Filtered | None = None
+
+    def save(self, root: Path) -> Path:
+        """Write the set below `root`, with margins.json and margins.png (before and after) beside its rows."""
+        folder = self.dataset.save(root)
+        if self.filtered is not None:
+            sides = {"before": self.filtered.before, "after": self.filtered.after}
+            write_json(folder / "margins.json", sides)
+            drawn = {name: [m for margins in side.values() for m in margins] for name, side in sides.items()}
+            draw_histograms(drawn, folder / "margins.png", f"margins of {self.dataset.name}, before and after")
+        return folder
+
 
 def build_spec(
     document: dict[str, Any], folder: Path, tokenize: Callable[[], build.Tokenize],
     teacher: Callable[[], Teacher] = RecipeTeacher,
-) -> Dataset:  # fmt: skip
+) -> Built:  # fmt: skip
     """The data set; models and teacher are made only if the kind needs them. Raises UserError, Leak."""
-    try:
-        spec = Spec.model_validate(document)
-    except ValidationError as error:
-        raise UserError(f"The description is wrong: {reason(error)}.", code="invalid_dataset") from error
+    spec = parse_spec(document)
     made_by = spec.model_dump(mode="json", exclude_defaults=True)
     dataset = collect(spec.name, _rows(spec, folder, tokenize, teacher), made_by=made_by, on_bad=spec.on_bad)
-    if spec.threshold is not None:
-        kept = keep_large_margins(dataset.rows, Thresholds(spec.threshold, spec.thresholds))
+    filtered = None
+    if spec.margin_thresholds is not None:
+        kept = filtered = keep_large_margins(dataset.rows, spec.margin_thresholds)
         left = {row.id for row in kept.rows}
         weak = [Refused(number, row.id, f"its margin {row.margin:.2f} is under the threshold")
                 for number, row in enumerate(dataset.rows, start=1) if row.id not in left]  # fmt: skip
@@ -79,7 +135,15 @@ def build_spec(
         raise UserError(f"The set {spec.name} has no rows: {why}.", code="invalid_dataset")
     held_out = [HeldOut.of(str(path), Dataset.load(folder / path).rows) for path in spec.against]
     check_leaks(dataset.rows, held_out, speakers=not spec.share_speakers)
-    return dataset
+    return Built(dataset, filtered)
+
+
+def parse_spec(document: dict[str, Any]) -> Spec:
+    """Raises UserError naming what is wrong."""
+    try:
+        return Spec.model_validate(document)
+    except ValidationError as error:
+        raise UserError(f"The description is wrong: {reason(error)}.", code="invalid_dataset") from error
 
 
 def _rows(

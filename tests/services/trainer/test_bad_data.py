@@ -25,7 +25,7 @@ GOOD = {"id": "good", "audio": "good.wav", "text": "well [Laughter] then", "lang
 
 def build(kind: str, folder: Path, on_bad: str, **entries: Any) -> Dataset:
     document = {"kind": kind, "name": "set", "on_bad": on_bad, **entries}
-    return build_spec(document, folder, lambda: tokenize, Voice)
+    return build_spec(document, folder, lambda: tokenize, Voice).dataset
 
 
 def write(path: Path, lines: list[Any]) -> None:
@@ -100,7 +100,7 @@ def test_a_bad_text_is_named_and_skipped_or_fatal(change: Any, why: str, folder:
     if isinstance(change, Mapping):
         bad = {k: v for k, v in (good | change).items() if v is not None}
     write(folder / "texts.jsonl", [good, bad])
-    entries: dict[str, Any] = {"texts": "texts.jsonl", "speakers": {"en": ["ann"]}, "count": 3}
+    entries: dict[str, Any] = {"texts": "texts.jsonl", "speakers": {"en": ["ann"]}, "count": 3, "unfiltered": True}
     with pytest.raises(UserError, match="Row 2") as error:
         build("triplets", folder, "fail", **entries)
     assert why in error.value.message
@@ -157,4 +157,4 @@ def test_triplets_under_the_threshold_are_listed(folder: Path) -> None:
     write(folder / "texts.jsonl", [{"text": "a happy one", "language": "en", "manner": "emotion/happy"}])
     with pytest.raises(UserError, match="the first because its margin 3"):
         build("triplets", folder, "skip", texts="texts.jsonl", speakers={"en": ["ann"]}, count=1,
-              margin_scorer="margin.json", threshold=6.0)  # fmt: skip
+              margin_scorer="margin.json")  # fmt: skip
