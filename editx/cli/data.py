@@ -97,6 +97,27 @@ def check(
     typer.echo(f"{found.name} {found.version}: no leaks into {', '.join(str(path) for path in against)}.")
 
 
+@app.command("fit-margins")
+def fit_margins(
+    rated: Annotated[
+        Path,
+        typer.Argument(help="JSONL or CSV: id, category (emotion sad), rating (1 to 10), source (neutral), audio."),
+    ],
+    out: Annotated[Path, typer.Option(help="The scorer to write; a description names it as margin_scorer.")] = Path(
+        "margin.json"
+    ),
+) -> None:
+    """Fit the margin scorer on pairs of recordings that people rated for how clearly they differ."""
+    from services.trainer.data.rated_pairs import fit_margin_scorer
+
+    fitted = fit_margin_scorer(rated)
+    fitted.scorer.save(out)
+    told = "too few to hold some back" if fitted.error is None else (
+        f"off by {fitted.error:.2f} of 10 on the fifth held back (their mean: {fitted.error_of_the_mean:.2f})"
+    )  # fmt: skip
+    typer.echo(f"{out}: from {fitted.pairs} pairs, {told}")
+
+
 @app.command()
 def rate(
     items: Annotated[Path, typer.Argument(help="JSONL: candidate, instruction, text, source, audio (paths).")],
@@ -105,11 +126,9 @@ def rate(
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 0,
 ) -> None:
     """Open a local page to listen to candidates and rate them from 1 to 5, blind and shuffled."""
-    from services.trainer.data.rating import Item, RatingServer
+    from services.trainer.data.rating import RatingServer, read_items
 
-    lines = [json.loads(line) for line in items.read_text(encoding="utf-8").splitlines() if line.strip()]
-    made = [Item(line["candidate"], line["instruction"], line["text"], items.parent / line["source"],
-                 items.parent / line["audio"]) for line in lines]  # fmt: skip
+    made = read_items(items)
     server = RatingServer(made, rater, out, port)
     typer.echo(f"Listen and rate at {server.url} (Ctrl-C ends; ratings are in {out})")
     try:

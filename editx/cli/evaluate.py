@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -108,18 +107,11 @@ def fit_judge(
     out: Annotated[Path, typer.Option(help="The judge file to write.")] = Path("judge.json"),
 ) -> None:
     """Fit the offline acoustic judge on labelled recordings; the label "neutral" belongs into every task."""
-    from services.trainer.evaluate.acoustic import AcousticJudge, Classifier, Vector, change
-    from services.trainer.evaluate.runner import at_16k
-    from shared.audio.io import read_audio
+    from services.trainer.evaluate.examples import fit_acoustic_judge
 
-    tasks: dict[str, tuple[list[Vector], list[str]]] = {}
-    for line in map(json.loads, examples.read_text(encoding="utf-8").splitlines()):
-        before, after = (at_16k(read_audio(examples.parent / line[name])) for name in ("source", "audio"))
-        x, labels = tasks.setdefault(line["task"], ([], []))
-        x.append(change(before, after, (line.get("source_text", ""), line.get("text", ""))))
-        labels.append(line["label"])
-    AcousticJudge({task: Classifier.fit(x, labels) for task, (x, labels) in tasks.items()}).save(out)
-    typer.echo(f"{out}: {', '.join(f'{task} from {len(labels)}' for task, (_, labels) in tasks.items())}")
+    judge, counts = fit_acoustic_judge(examples)
+    judge.save(out)
+    typer.echo(f"{out}: {', '.join(f'{task} from {count}' for task, count in counts.items())}")
 
 
 def _judge(judge: str, url: str, key: str, out: Path) -> Judge:

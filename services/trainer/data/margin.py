@@ -6,18 +6,20 @@ categories behind it. The thresholds are those of arXiv 2511.03601: one per cate
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from services.trainer.data.records import bad_line, checked, records
 from services.trainer.data.rows import Row
 from shared.errors import UserError
+from shared.tags import check_tag
 
 LOWEST_THRESHOLD = 6.0
 LOWEST, HIGHEST = 1.0, 10.0
@@ -26,33 +28,44 @@ FEWEST_PER_CATEGORY = 12
 Vector = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Annotation:
-    """What people said about one pair: its id, its category ("emotion happy") and a rating from 1 to 10."""
+class Annotation(BaseModel):
+    """What people said about one pair: its category ("emotion happy"), a rating from 1 to 10, and both recordings.
 
-    id: str
+    `source` (neutral) and `audio` (expressive) are paths relative to the file of annotations.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", coerce_numbers_to_str=True)
+
+    id: str = Field(min_length=1)
     category: str
-    rating: float
+    rating: float = Field(ge=LOWEST, le=HIGHEST)
+    source: Path
+    audio: Path
+
+    @field_validator("category")
+    @classmethod
+    def _known(cls, category: str) -> str:
+        return known_category(category)
+
+
+def known_category(category: str) -> str:
+    """A category of triplets in published spelling. Raises ValueError for one that is none."""
+    kind, _, detail = category.strip().partition(" ")
+    try:
+        return f"{kind} {check_tag(kind, detail)}"
+    except UserError as error:
+        raise ValueError(error.message) from error
 
 
 def read_annotations(path: Path) -> list[Annotation]:
-    """Annotations from JSONL or CSV with the columns id, category, rating. Raises UserError naming the bad row."""
-    text = path.read_text(encoding="utf-8")
-    lines: Iterable[Mapping[str, object]]
-    try:
-        is_json = path.suffix in (".jsonl", ".json")
-        lines = (
-            [json.loads(s) for s in text.splitlines() if s.strip()] if is_json else csv.DictReader(text.splitlines())
-        )
-        found = []
-        for number, line in enumerate(lines, start=1):
-            rating = float(str(line["rating"]))
-            if not LOWEST <= rating <= HIGHEST:
-                raise UserError(f"{path}, row {number}: rating {rating} is not in 1..10.", code="bad_row")
-            found.append(Annotation(str(line["id"]), str(line["category"]), rating))
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: a row lacks id, category or a number as rating ({error}).", code="bad_row") from error
-    return found
+    """Annotations from JSONL or CSV with the columns of Annotation. Raises UserError naming the bad row."""
+    found: dict[str, Annotation] = {}
+    for number, line in records(path):
+        one = checked(Annotation, line, path, number)
+        if one.id in found:
+            raise bad_line(path, number, f"the id {one.id!r} is taken by another pair")
+        found[one.id] = one
+    return list(found.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,9 +108,14 @@ class MarginScorer:
 
     @classmethod
     def load(cls, path: Path) -> MarginScorer:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        weights = {name: np.asarray(w) for name, w in document["weights"].items()}
-        return cls(weights, np.asarray(document["mean"]), np.asarray(document["scale"]))
+        """Raises UserError when there is none."""
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            weights = {name: np.asarray(w) for name, w in document["weights"].items()}
+            return cls(weights, np.asarray(document["mean"]), np.asarray(document["scale"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is no margin scorer: {error}.", "Fit one with `editx data fit-margins`.",
+                            "margin_scorer_invalid") from error  # fmt: skip
 
 
 def _expanded(x: Vector) -> Vector:

@@ -7,19 +7,21 @@ that a bigger change alone never wins.
 
 from __future__ import annotations
 
-import csv
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from services.trainer.data.rows import MixedCodes, Row, Side, reason
+from services.trainer.data.records import checked, records
+from services.trainer.data.rows import MixedCodes, Row, Side
 from shared.errors import UserError
 
 HUMAN_MARGIN, JUDGE_MARGIN = 3.0, 8.0
+MARGINS = {5: HUMAN_MARGIN, 10: JUDGE_MARGIN}
+"""How far a pair must be apart, by the scale of its ratings."""
 CANDIDATES_PER_PROMPT = 20
 
 
@@ -35,17 +37,36 @@ class Candidate(BaseModel):
 
 
 class Rating(BaseModel):
-    """What one rater says of one candidate, on the rater's scale (people 1 to 5, judges 1 to 10)."""
+    """What one rater says of one candidate, on the rater's scale: people from 1 to 5, judges from 1 to 10."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     candidate: str
     rater: str = Field(min_length=1)
+    scale: Literal[5, 10] = 5
     correctness: float = Field(ge=1, le=10)
     prosody: float | None = Field(default=None, ge=1, le=10)
     naturalness: float | None = Field(default=None, ge=1, le=10)
     margin: float | None = Field(default=None, ge=1, le=10)
     words: float | None = Field(default=None, ge=1, le=10)
+
+    @field_validator("scale", mode="before")
+    @classmethod
+    def _number(cls, scale: object) -> object:
+        return int(scale) if isinstance(scale, str) and scale.isdecimal() else scale
+
+    @model_validator(mode="after")
+    def _on_its_scale(self) -> Self:
+        for name, value in self.parts().items():
+            if value > self.scale:
+                raise ValueError(f"{name} is {value:g} on a scale of {self.scale}; a judge's rating says scale: 10")
+        return self
+
+    def parts(self) -> dict[str, float]:
+        """The aspects that were rated."""
+        given = {"correctness": self.correctness, "prosody": self.prosody, "naturalness": self.naturalness,
+                 "margin": self.margin, "words": self.words}  # fmt: skip
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -72,9 +93,7 @@ class Weights:
 
 def composite(rating: Rating, weights: Weights) -> float:
     """The weighted mean of the parts that were rated, gated by correctness and, where rated, by words."""
-    given = {"correctness": rating.correctness, "prosody": rating.prosody, "naturalness": rating.naturalness,
-             "margin": rating.margin, "words": rating.words}  # fmt: skip
-    parts = [(getattr(weights, name), value) for name, value in given.items() if value is not None]
+    parts = [(getattr(weights, name), value) for name, value in rating.parts().items()]
     total = sum(weight for weight, _ in parts)
     mean = sum(weight * value for weight, value in parts) / total if total else rating.correctness
     gates = [rating.correctness, *([] if rating.words is None else [rating.words])]
@@ -83,29 +102,22 @@ def composite(rating: Rating, weights: Weights) -> float:
 
 def read_ratings(path: Path) -> list[Rating]:
     """Ratings from JSONL, or CSV with the columns of Rating. Raises UserError naming the bad row."""
-    text = path.read_text(encoding="utf-8")
-    ratings = []
-    if path.suffix == ".csv":
-        lines = [{k: v for k, v in line.items() if v not in ("", None)} for line in csv.DictReader(text.splitlines())]
-    else:
-        lines = [_json(line, path, number) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    for number, line in enumerate(lines, start=1):
-        try:
-            ratings.append(Rating.model_validate(line))
-        except ValidationError as error:
-            raise UserError(f"{path}, row {number}: {reason(error)}.", code="bad_row") from error
-    return ratings
+    return [checked(Rating, line, path, number) for number, line in records(path)]
 
 
-def _json(line: str, path: Path, number: int) -> dict[str, object]:
-    try:
-        return dict(json.loads(line))
-    except ValueError as error:
-        raise UserError(f"{path}, row {number} is no JSON object: {error}.", code="bad_row") from error
+def scale_of(ratings: Sequence[Rating]) -> int:
+    """The scale that all ratings share. Raises UserError where people's and judges' are mixed, and without any."""
+    scales = sorted({rating.scale for rating in ratings})
+    if len(scales) != 1:
+        told = "There are no ratings." if not scales else "Ratings on scales of 5 and of 10 cannot be compared."
+        raise UserError(told, "Build one set of preferences from people's ratings and one from judges'.",
+                        "invalid_dataset")  # fmt: skip
+    return scales[0]
 
 
 def scores_of(ratings: Sequence[Rating], weights: Weights) -> dict[str, float]:
-    """Candidate id to the mean composite of its ratings."""
+    """Candidate id to the mean composite of its ratings, which must be on one scale. Raises UserError."""
+    scale_of(ratings)
     found: dict[str, list[float]] = defaultdict(list)
     for rating in ratings:
         found[rating.candidate].append(composite(rating, weights))

@@ -7,34 +7,52 @@ Ratings are appended to a JSONL file as they are given, so the page can be close
 from __future__ import annotations
 
 import html
-import json
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from services.trainer.data.preferences import Rating
+from services.trainer.data.preferences import Rating, read_ratings
+from services.trainer.data.records import bad_line, checked, records
 from services.trainer.data.rows import reason
+from shared.errors import UserError
 
 SCALE = range(1, 6)
 ASPECTS = ("correctness", "prosody", "naturalness")
 HOST = "127.0.0.1"
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(BaseModel):
     """One candidate to be rated: what was asked, the words, and where source and candidate lie."""
 
-    candidate: str
+    model_config = ConfigDict(frozen=True, extra="ignore", coerce_numbers_to_str=True)
+
+    candidate: str = Field(min_length=1)
     instruction: str
     text: str
     source: Path
     audio: Path
+
+
+def read_items(path: Path) -> list[Item]:
+    """The items of a JSONL or CSV file, whose paths are relative to it. Raises UserError naming the bad line."""
+    found: dict[str, Item] = {}
+    for number, line in records(path):
+        item = checked(Item, line, path, number)
+        placed = item.model_copy(update={"source": path.parent / item.source, "audio": path.parent / item.audio})
+        for file in (placed.source, placed.audio):
+            if not file.is_file():
+                raise bad_line(path, number, f"there is no recording {file}")
+        if item.candidate in found:
+            raise bad_line(path, number, f"the candidate {item.candidate!r} stands there twice")
+        found[item.candidate] = placed
+    if not found:
+        raise UserError(f"{path} holds nothing to rate.", code="invalid_dataset")
+    return list(found.values())
 
 
 def shuffled(items: Sequence[Item], rater: str) -> list[Item]:
@@ -49,9 +67,13 @@ class RatingServer:
     def __init__(self, items: Sequence[Item], rater: str, target: Path, port: int = 0) -> None:
         self.items, self.rater, self.target = shuffled(items, rater), rater, target
         self._lock = threading.Lock()
-        lines = target.read_text(encoding="utf-8").splitlines() if target.exists() else []
-        self._rated = {one["candidate"] for one in map(json.loads, lines) if one["rater"] == rater}
-        self._server = ThreadingHTTPServer((HOST, port), _handler(self))
+        known = read_ratings(target) if target.exists() else []
+        self._rated = {one.candidate for one in known if one.rater == rater}
+        try:
+            self._server = ThreadingHTTPServer((HOST, port), _handler(self))
+        except (OSError, OverflowError) as error:
+            raise UserError(f"The page cannot be opened at port {port}: {error}.", "--port 0 takes a free one."
+                            ) from error  # fmt: skip
 
     @property
     def url(self) -> str:
@@ -65,7 +87,7 @@ class RatingServer:
     def rate(self, place: int, values: dict[str, str]) -> None:
         """Append a rating. Raises ValueError for values that are none."""
         rating = Rating(
-            candidate=self.items[place].candidate, rater=self.rater, **{k: float(values[k]) for k in ASPECTS}
+            candidate=self.items[place].candidate, rater=self.rater, scale=5, **{k: float(values[k]) for k in ASPECTS}
         )
         if not all(getattr(rating, aspect) in SCALE for aspect in ASPECTS):
             raise ValueError("ratings go from 1 to 5")

@@ -15,18 +15,34 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from services.trainer.core.configs import with_entries
 from services.trainer.core.plots import draw_histograms
 from services.trainer.core.runs import write_json
 from services.trainer.data import build
 from services.trainer.data.checks import HeldOut, check_leaks
 from services.trainer.data.manifest import Dataset, Refused, collect, read_rows
-from services.trainer.data.margin import LOWEST_THRESHOLD, Filtered, MarginScorer, Thresholds, keep_large_margins
-from services.trainer.data.preferences import HUMAN_MARGIN, Candidate, Weights, make_pairs, read_ratings, scores_of
+from services.trainer.data.margin import (
+    LOWEST_THRESHOLD,
+    Filtered,
+    MarginScorer,
+    Thresholds,
+    keep_large_margins,
+    known_category,
+)
+from services.trainer.data.preferences import (
+    MARGINS,
+    Candidate,
+    Weights,
+    make_pairs,
+    read_ratings,
+    scale_of,
+    scores_of,
+)
+from services.trainer.data.rated_pairs import margin_of
+from services.trainer.data.records import numbered_lines
 from services.trainer.data.rows import Row, reason
 from services.trainer.data.teachers import RecipeTeacher, Teacher
-from services.trainer.evaluate.acoustic import pair_features
-from services.trainer.evaluate.runner import at_16k
-from shared.audio.io import Waveform, read_audio
+from shared.audio.io import read_audio
 from shared.errors import EditxError, UserError
 from shared.tags import check_tag
 
@@ -54,7 +70,11 @@ class Spec(BaseModel):
     )
     thresholds: dict[str, float] = Field(default_factory=dict, description="The same per category (emotion sad).")
     unfiltered: bool = Field(default=False, description="Keep triplets of every margin, to compare with.")
-    preference_margin: float = HUMAN_MARGIN
+    preference_margin: float | None = Field(
+        default=None, gt=0, description="Pairs are further apart; 3 for ratings from 1 to 5, 8 for 1 to 10."
+    )
+    pairs_per_prompt: int = Field(default=4, ge=1)
+    weights: dict[str, float] = Field(default_factory=dict, description="Entries of Weights, for preferences.")
     against: list[Path] = Field(default_factory=list, description="Evaluation sets that must not leak.")
     share_speakers: bool = False
     lowest_rate_hz: int = Field(default=16_000, description="Recordings of a lower rate are bad rows.")
@@ -64,14 +84,9 @@ class Spec(BaseModel):
     @classmethod
     def _of_categories(cls, thresholds: dict[str, float]) -> dict[str, float]:
         for category, value in thresholds.items():
-            kind, _, detail = category.partition(" ")
-            try:
-                check_tag(kind, detail)
-            except UserError as error:
-                raise ValueError(f"{category!r}: {error.message}") from error
             if not value >= LOWEST_THRESHOLD:
                 raise ValueError(f"{category!r} is {value}, none may be under {LOWEST_THRESHOLD:g}")
-        return thresholds
+        return {known_category(category): value for category, value in thresholds.items()}
 
     @model_validator(mode="after")
     def _margins_agree(self) -> Self:
@@ -172,7 +187,7 @@ def _spoken(
         return build.zero_shot(teacher, sentences, spec.speakers, tokenize, count=spec.count, seed=spec.seed)
     if spec.kind == "sounds":
         return build.made_sounds(teacher, sentences, spec.speakers, tokenize, count=spec.count, seed=spec.seed)
-    margin = _margin(MarginScorer.load(folder / spec.margin_scorer)) if spec.margin_scorer else None
+    margin = margin_of(MarginScorer.load(folder / spec.margin_scorer)) if spec.margin_scorer else None
     return build.triplets(teacher, sentences, spec.speakers, tokenize, margin, count=spec.count, seed=spec.seed)
 
 
@@ -202,13 +217,6 @@ def _sentence(line: dict[str, Any], needs_manner: bool) -> build.Sentence:
     return build.Sentence(text, language, manner)
 
 
-def _margin(scorer: MarginScorer) -> build.Margin:
-    def margin(neutral: Waveform, expressive: Waveform, category: str) -> float:
-        return scorer.score(pair_features(at_16k(neutral), at_16k(expressive)), category)
-
-    return margin
-
-
 def _preferences(spec: Spec, folder: Path) -> list[Row | Refused]:
     prompts = {row.id: row for row in Dataset.load(_path(spec.rows, "rows", folder)).rows}
     path = _path(spec.candidates, "candidates", folder)
@@ -227,10 +235,12 @@ def _preferences(spec: Spec, folder: Path) -> list[Row | Refused]:
             id = str(line.get("id", "")) if isinstance(line, dict) else ""
             refused.append(Refused(number, id, f"{path.name}, line {number}: {_why(error)}"))
     ratings = [rating for ratings in spec.ratings for rating in read_ratings(folder / ratings)]
-    scores = scores_of(ratings, Weights())
+    scores = scores_of(ratings, with_entries(Weights(), spec.weights, "weights"))
+    margin = MARGINS[scale_of(ratings)] if spec.preference_margin is None else spec.preference_margin
     strangers = sorted(scores.keys() - candidates.keys() - {one.id for one in refused})
     refused += [Refused(0, name, "it was rated, and there is no candidate of that id") for name in strangers]
-    pairs = make_pairs(prompts, [*candidates.values()], scores, margin=spec.preference_margin, rated_by="ratings")
+    pairs = make_pairs(prompts, [*candidates.values()], scores, margin=margin, per_prompt=spec.pairs_per_prompt,
+                       rated_by=", ".join(sorted({rating.rater for rating in ratings})))  # fmt: skip
     return [*refused, *pairs]
 
 
@@ -264,11 +274,7 @@ def _recording(line: dict[str, Any], folder: Path, lowest_rate_hz: int) -> build
 
 def _lines(path: Path) -> list[tuple[int, Any]]:
     """Numbers and contents of the lines; a line that is no JSON comes as its error. Raises UserError without a file."""
-    try:
-        texts = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}.", code="invalid_dataset") from error
-    return [(number, _parsed(text)) for number, text in enumerate(texts, start=1) if text.strip()]
+    return [(number, _parsed(text)) for number, text in numbered_lines(path)]
 
 
 def _parsed(text: str) -> Any:

@@ -139,6 +139,23 @@ def test_bad_candidates_and_ratings_of_nobody_are_named(folder: Path) -> None:
     assert "no candidate" in found[0, "ghost"]
 
 
+def test_the_weights_of_a_rating_are_the_descriptions(folder: Path) -> None:
+    write(folder / "rows.jsonl", [make_row(0).model_dump_json()])
+    write(folder / "candidates.jsonl", [
+        {"id": f"c{k}", "prompt": "row-0", "mixed": make_row(5 + k).target.mixed.tolist()} for k in range(2)
+    ])  # fmt: skip
+    rated = [{"candidate": name, "rater": "ann", "correctness": 5, "naturalness": natural}
+             for name, natural in (("c0", 1), ("c1", 5))]  # fmt: skip
+    write(folder / "ratings.jsonl", rated)
+    entries = {"rows": "rows.jsonl", "candidates": "candidates.jsonl", "ratings": ["ratings.jsonl"]}
+    with pytest.raises(UserError, match="has no rows"):
+        build("preferences", folder, "fail", **entries)
+    (pair,) = build("preferences", folder, "fail", **entries, weights={"correctness": 0, "naturalness": 1}).rows
+    assert (pair.id, pair.margin, pair.rated_by) == ("c1--c0", 4.0, "ann")
+    with pytest.raises(UserError, match=r"weights\.beauty is no entry of Weights"):
+        build("preferences", folder, "fail", **entries, weights={"beauty": 1})
+
+
 def test_scorers_of_other_features_say_so(folder: Path) -> None:
     rng = np.random.default_rng(0)
     scorer = MarginScorer.fit(rng.normal(size=(40, 3)), ["emotion happy"] * 40, np.full(40, 3.0))

@@ -12,8 +12,18 @@ from services.trainer.data import build, degrade
 from services.trainer.data.checks import HeldOut, Leak, check_leaks, normal, statistics
 from services.trainer.data.manifest import Dataset, Refused, collect, fetch, read_rows
 from services.trainer.data.margin import Annotation, MarginScorer, Thresholds, keep_large_margins, read_annotations
-from services.trainer.data.preferences import Candidate, Rating, Weights, composite, make_pairs, read_ratings, scores_of
-from services.trainer.data.rating import Item, RatingServer, shuffled
+from services.trainer.data.preferences import (
+    MARGINS,
+    Candidate,
+    Rating,
+    Weights,
+    composite,
+    make_pairs,
+    read_ratings,
+    scale_of,
+    scores_of,
+)
+from services.trainer.data.rating import RatingServer, read_items, shuffled
 from services.trainer.data.rows import Row, hash_audio
 from services.trainer.data.teachers import CloneApi, HttpTeacher, with_retries
 from shared.audio.io import Waveform, write_audio
@@ -141,22 +151,32 @@ def test_the_margin_scorer_learns_the_size_of_a_change(tmp_path: Path) -> None:
 
 
 def test_annotations_come_from_csv_and_jsonl(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("id,category,rating\np1,emotion sad,7\n")
-    (tmp_path / "a.jsonl").write_text('{"id": "p1", "category": "emotion sad", "rating": 7}\n')
-    expected = [Annotation("p1", "emotion sad", 7.0)]
+    (tmp_path / "a.csv").write_text("id,category,rating,source,audio\np1,emotion sad,7,n.wav,s.wav\n")
+    line = {"id": "p1", "category": "emotion sad", "rating": 7, "source": "n.wav", "audio": "s.wav"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n")
+    expected = [Annotation(**line)]
     assert read_annotations(tmp_path / "a.csv") == read_annotations(tmp_path / "a.jsonl") == expected
-    (tmp_path / "b.csv").write_text("id,category,rating\np1,x,11\n")
-    with pytest.raises(UserError, match="row 1: rating 11"):
-        read_annotations(tmp_path / "b.csv")
+    for number, (change, why) in enumerate(
+        [
+            ({"rating": 11}, "rating"),
+            ({"category": "emotion sat"}, "'sat' is no known"),
+            ({"audio": None}, "audio: Input"),
+            ({"id": "p1"}, "taken by another pair"),
+        ]
+    ):
+        bad = tmp_path / f"{number}.jsonl"
+        bad.write_text(json.dumps(line) + "\n\n" + json.dumps(line | {"id": "p2"} | change) + "\n")
+        with pytest.raises(UserError, match=rf"row 3: .*{why}"):
+            read_annotations(bad)
 
 
 def test_a_bigger_change_alone_never_wins() -> None:
-    wrong_but_large = Rating(candidate="a", rater="r", correctness=2, prosody=5, naturalness=5, margin=10)
+    wrong_but_large = Rating(candidate="a", rater="r", scale=10, correctness=2, prosody=5, naturalness=5, margin=10)
     right = Rating(candidate="b", rater="r", correctness=4, prosody=4, naturalness=4, margin=4)
     assert composite(wrong_but_large, Weights(margin=5.0)) == 3.0  # correctness + lead
     assert composite(right, Weights()) == pytest.approx(4.0)
     assert composite(Rating(candidate="c", rater="r", correctness=3), Weights()) == 3
-    mumbled = Rating(candidate="d", rater="r", correctness=9, naturalness=9, words=2)
+    mumbled = Rating(candidate="d", rater="r", scale=10, correctness=9, naturalness=9, words=2)
     assert composite(mumbled, Weights()) == 3.0  # words + lead
 
 
@@ -180,15 +200,31 @@ def test_ratings_come_from_csv_and_jsonl(tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text('{"candidate": "c1", "rater": "bob", "correctness": 3, "prosody": 4}\n')
     ratings = read_ratings(tmp_path / "r.csv") + read_ratings(tmp_path / "r.jsonl")
     assert scores_of(ratings, Weights(1, 0, 0, 0)) == {"c1": 4.0}
-    (tmp_path / "bad.jsonl").write_text('{"candidate": "c1", "rater": "bob", "correctness": 11}\n')
-    with pytest.raises(UserError, match="row 1: correctness"):
-        read_ratings(tmp_path / "bad.jsonl")
+    for value, scale in ((11, 10), (8, 5)):
+        line = {"candidate": "c1", "rater": "bob", "correctness": value, "scale": scale}
+        (tmp_path / "bad.jsonl").write_text(json.dumps(line) + "\n")
+        with pytest.raises(UserError, match=r"row 1: .*correctness"):
+            read_ratings(tmp_path / "bad.jsonl")
+
+
+def test_ratings_of_people_and_of_judges_are_not_mixed(tmp_path: Path) -> None:
+    (tmp_path / "people.csv").write_text("candidate,rater,correctness\nc1,ann,4\nc2,ann,1\n")
+    (tmp_path / "judge.csv").write_text("candidate,rater,scale,correctness\nc1,gemini,10,9\nc2,gemini,10,1\n")
+    people, judges = (read_ratings(tmp_path / name) for name in ("people.csv", "judge.csv"))
+    assert scores_of(people, Weights()) == {"c1": 4.0, "c2": 1.0}
+    assert scores_of(judges, Weights()) == {"c1": 9.0, "c2": 1.0}
+    assert [MARGINS[scale_of(ratings)] for ratings in (people, judges)] == [3.0, 8.0]
+    with pytest.raises(UserError, match="cannot be compared"):
+        scores_of([*people, *judges], Weights())
 
 
 def test_the_rating_page_is_blind_shuffled_and_takes_ratings(tmp_path: Path) -> None:
     wav = write_audio(Waveform(tone(0.2), RATE), None, "wav")
     (tmp_path / "a.wav").write_bytes(wav)
-    items = [Item(f"model-{k}", "Make it <sad>.", "words", tmp_path / "a.wav", tmp_path / "a.wav") for k in range(8)]
+    (tmp_path / "items.jsonl").write_text("".join(
+        json.dumps({"candidate": f"model-{k}", "instruction": "Make it <sad>.", "text": "words", "source": "a.wav",
+                    "audio": "a.wav"}) + "\n" for k in range(8)))  # fmt: skip
+    items = read_items(tmp_path / "items.jsonl")
     assert shuffled(items, "ann") == shuffled(items, "ann") != shuffled(items, "bob")
     server = RatingServer(items, "ann", tmp_path / "ratings.jsonl")
     thread = threading.Thread(target=server.serve, daemon=True)

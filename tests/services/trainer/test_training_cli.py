@@ -11,6 +11,8 @@ import yaml
 from editx.cli.app import run
 from services.trainer.core.runs import read_log
 from services.trainer.data.manifest import collect, fetch
+from services.trainer.data.margin import MarginScorer
+from services.trainer.data.rated_pairs import margin_of
 from shared import telemetry
 from shared.audio.io import Waveform, write_audio
 from shared.jobs.memory import MemoryJobStore
@@ -166,6 +168,65 @@ def test_all_stages_in_a_row_refuse_several_processes(tmp_path: Path, capsys, mo
     assert run(["train", "post", "--work", str(tmp_path / "work")]) == 2
     assert "single stages under torchrun" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "work").exists()
+
+
+def refused(arguments: list[str], capsys) -> str:
+    """What is said on standard error when bad input is refused."""
+    assert run(arguments) == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_margins_are_fitted_from_rated_pairs_and_bad_ones_are_named(tmp_path: Path, capsys) -> None:
+    rng = np.random.default_rng(0)
+    lines = []
+    for k in range(20):
+        base, factor = float(rng.uniform(110, 160)), 1.0 + 0.04 * k
+        for name, hertz in (("n", base), ("e", base * factor)):
+            write_audio(Waveform(tone(0.4, hertz), RATE), tmp_path / f"{name}{k}.wav", "wav")
+        lines.append({"id": f"p{k}", "category": "emotion happy", "rating": 1 + 9 * k / 19, "source": f"n{k}.wav",
+                      "audio": f"e{k}.wav"})  # fmt: skip
+    rated, out = tmp_path / "rated.jsonl", tmp_path / "margin.json"
+
+    def write(*more: dict) -> list[str]:
+        rated.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *more]))
+        return ["data", "fit-margins", str(rated), "--out", str(out)]
+
+    assert run(write()) == 0
+    assert "from 20 pairs, off by" in capsys.readouterr().out
+    scorer = MarginScorer.load(out)
+    tones = [Waveform(tone(0.4, hertz), RATE) for hertz in (130.0, 131.0, 220.0)]
+    scores = [margin_of(scorer)(tones[0], other, "emotion happy") for other in tones[1:]]
+    assert scores[1] > scores[0] + 3
+    for change, why in (({"audio": "lost.wav"}, "pair bad: "), ({"rating": 12}, "row 21: rating"),
+                        ({"id": "p1"}, "the id 'p1' is taken"), ({"source": None}, "row 21: source")):  # fmt: skip
+        assert why in refused(write(lines[0] | {"id": "bad"} | change), capsys)
+    assert "cannot be read" in refused(["data", "fit-margins", str(tmp_path / "none.jsonl")], capsys)
+    rated.write_text("")
+    assert "no annotated pairs" in refused(["data", "fit-margins", str(rated)], capsys)
+
+
+def test_what_cannot_be_rated_or_judged_is_named(tmp_path: Path, capsys) -> None:
+    write_audio(Waveform(tone(0.4), RATE), tmp_path / "a.wav", "wav")
+    item = {"candidate": "c", "instruction": "Louder.", "text": "words", "source": "a.wav", "audio": "a.wav"}
+    path = tmp_path / "lines.jsonl"
+    rate = ["data", "rate", str(path), "--rater", "ann"]
+    for lines, why in (
+        ([item, item | {"audio": "lost.wav"}], "row 2: there is no recording"),
+        ([item, item], "twice"),
+        ([{"candidate": "c"}], "row 1: instruction"),
+        (["{"], "no JSON object"),
+        ([], "nothing to rate"),
+    ):
+        path.write_text("".join((one if isinstance(one, str) else json.dumps(one)) + "\n" for one in lines))
+        assert why in refused(rate, capsys)
+    assert "cannot be read" in refused([*rate[:2], str(tmp_path / "none.jsonl"), *rate[3:]], capsys)
+    example = {"task": "emotion", "label": "happy", "source": "a.wav", "audio": "a.wav"}
+    for lines, why in (([example, {}], "row 2: task"), ([example | {"label": "hapy"}], "'hapy' is no known emotion"),
+                       ([example | {"audio": "lost.wav"}], "row 1: "), ([example], "has the labels happy"),
+                       ([example | {"task": "dance"}], "row 1: "), ([], "no examples")):  # fmt: skip
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert why in refused(["eval", "fit-judge", str(path)], capsys)
+    assert "cannot be read" in refused(["eval", "fit-judge", str(tmp_path / "none.jsonl")], capsys)
 
 
 def test_the_benchmark_runs_with_a_fitted_judge_and_is_reported(tiny: Path, tmp_path: Path, capsys) -> None:

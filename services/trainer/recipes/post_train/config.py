@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from services.trainer.core.settings import LoopConfig
-from services.trainer.data.preferences import CANDIDATES_PER_PROMPT, JUDGE_MARGIN
+from services.trainer.data.preferences import CANDIDATES_PER_PROMPT, JUDGE_MARGIN, Weights
 from services.trainer.ppo.config import PpoConfig
 from services.trainer.recipes.post_train.recordings import RecordConfig
 from services.trainer.reward.trainer import RewardConfig
@@ -24,9 +24,10 @@ class PostTrainConfig:
     vad edits and `sounds` paralinguistic ones per SFT set (the large-margin and the unfiltered set have the same size
     and differ in the pairs only); `judge_pairs` recordings to fit each of the two judges; `prompts` for preferences and
     PPO, `held_out` for the reward model's test, of both `own_sources` with a recording by the SFT model as source
-    (`iterated`), `candidates` answers to each; pairs of candidates whose ratings differ
-    by more than `judge_margin`, and beside them for the reward model `relabelled` pairs of the same candidates, rated
-    for labels that nobody asked for (`listening`), and `contrasts` pairs of recordings (`Material.contrasts`), of which
+    (`iterated`), `candidates` answers to each, rated with `weights` for correctness, naturalness and words; pairs of
+    candidates whose ratings differ by more than `judge_margin`, and beside them for the reward model `relabelled` pairs
+    of the same candidates, rated for labels that nobody asked for (`listening`), and `contrasts` pairs of recordings
+    (`Material.contrasts`), of which
     the paper has neither; the `hardest_share` of prompts for PPO; `cases` of the benchmark, each done with `seeds`
     seeds; words, voice and naturalness are measured for the first `measured_seeds` of them.
     """
@@ -45,6 +46,7 @@ class PostTrainConfig:
     contrasts: int = 0
     judge_margin: float = JUDGE_MARGIN
     pairs_per_prompt: int = 6
+    weights: Weights = field(default_factory=Weights)
     hardest_share: float = 0.5
     cases: int = 160
     seeds: int = 3

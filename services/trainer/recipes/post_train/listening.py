@@ -164,7 +164,9 @@ class Ears:
         if heard.moved is None:
             return 1.0
         correct = 1 + 9 * judge.score_change(edit.type, edit.detail or "", np.array(heard.moved))
-        rating = Rating(candidate="", rater="acoustic", correctness=correct, naturalness=naturalness, words=heard.words)
+        rating = Rating(
+            candidate="", rater="acoustic", scale=10, correctness=correct, naturalness=naturalness, words=heard.words
+        )
         return composite(rating, self.weights)
 
     def ratings(self, row: Row, heard: Heard) -> list[float]:

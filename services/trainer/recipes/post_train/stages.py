@@ -394,7 +394,7 @@ class PostTrain:
     def _ears(self, *judges: str) -> Ears:
         path = self.root / WORDS
         words = SameWords.load(path, self._code_distances) if path.exists() else None
-        return Ears([self._judge(name) for name in judges], words)
+        return Ears([self._judge(name) for name in judges], words, self.config.weights)
 
     def _judge(self, name: str) -> AcousticJudge:
         return AcousticJudge.load(self.root / f"{name}.json")
