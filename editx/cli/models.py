@@ -48,11 +48,16 @@ def unload(name: Name) -> None:
 
 
 @app.command()
-def write() -> None:
-    """Write the models' configurations (config.pbtxt) from their descriptions again; for developers."""
-    from editx.stack.models import write_configurations
+def write(
+    to: Annotated[
+        str | None,
+        typer.Option(help="Write a whole repository there: a folder, or a bucket as s3://key:secret@host:port/bucket."),
+    ] = None,
+) -> None:
+    """Write the models' configurations (config.pbtxt) from their descriptions again, or a repository of them all."""
+    from editx.stack.models import write_configurations, write_repository
 
-    for path in write_configurations():
+    for path in write_configurations() if to is None else write_repository(to):
         typer.echo(str(path))
 
 

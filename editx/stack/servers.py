@@ -75,9 +75,16 @@ def redis(port: int, folder: Path) -> Program:
 
 
 def triton(
-    http_port: int, repositories: Sequence[Path], scratch: Path, environment: Mapping[str, str], models: Sequence[str]
+    http_port: int,
+    repositories: Sequence[Path | str],
+    scratch: Path,
+    environment: Mapping[str, str],
+    models: Sequence[str],
 ) -> Program:
-    """Triton with gRPC on `http_port` + 1 and metrics on + 2; models run in this interpreter's environment."""
+    """Triton with gRPC on `http_port` + 1 and metrics on + 2; models run in this interpreter's environment.
+
+    A repository is a folder or s3://http://host:port/bucket/models, with the keys in `environment`.
+    """
     home = packages()
     backends = scratch / "backends"
     if not backends.exists():

@@ -19,6 +19,8 @@ import soundfile as sf
 from editx.stack.stack import Stack
 from editx.trace import lines, read_spans, trees
 from services.decoder.model import DecoderModel
+from services.llm.model import LlmModel
+from services.reward.model import RewardModel
 from services.tokenizer.model import TokenizerModel
 from shared.bus.kafka import KafkaBus
 from shared.bus.port import Subscription
@@ -172,6 +174,19 @@ def test_the_models_give_the_same_numbers_behind_triton_and_in_process(stack: St
         whole = inference.infer("llm", prompt, parameters=written)["mixed"]
         again = inference.infer("llm", prompt, parameters=written)["mixed"]
         np.testing.assert_array_equal(whole, again)
+        language = LlmModel(checkpoint)
+        try:
+            inside = language.infer([InferenceRequest(prompt, written)])[0]
+        finally:
+            language.close()
+        assert isinstance(inside, dict)
+        np.testing.assert_array_equal(whole, inside["mixed"])
+        answer = {**prompt, "mixed": mixed}
+        judged = RewardModel(Checkpoint.resolve(stack.options.checkpoint)).infer([InferenceRequest(answer, {})])[0]
+        assert isinstance(judged, dict)
+        scored = inference.infer("reward", answer)
+        for name in ("scores", "score"):
+            np.testing.assert_allclose(scored[name], judged[name], atol=1e-4)
     finally:
         inference.close()
 
