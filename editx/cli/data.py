@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from editx.cli import options
+
+if TYPE_CHECKING:
+    from services.trainer.data.build import Tokenize
 
 app = typer.Typer(help="Build, describe, check and rate data sets for post-training.", no_args_is_help=True)
 
@@ -26,21 +31,11 @@ def build(
     as_json: options.JsonOption = False,
 ) -> None:
     """Build a data set: a version named by its content; the same material gives the same version."""
-    from editx.training import Served
     from services.trainer.core.configs import read_config
-    from services.trainer.data.build import tokenize_with
     from services.trainer.data.specs import build_spec
-    from shared.checkpoints.layout import Checkpoint
 
-    served = Served()
-    try:
-        built = build_spec(
-            read_config(description),
-            description.parent,
-            lambda: tokenize_with(served(Checkpoint.resolve(checkpoint).root, device)),
-        )
-    finally:
-        served.close()
+    with _tokenizer(checkpoint, device) as tokenize:
+        built = build_spec(read_config(description), description.parent, tokenize)
     folder, dataset = built.save(out), built.dataset
     document = {"folder": str(folder), "version": dataset.version, "rows": len(dataset.rows),
                 "refused": [refused.__dict__ for refused in dataset.refused]}  # fmt: skip
@@ -84,15 +79,23 @@ def stats(
 @app.command()
 def check(
     dataset: Set,
-    against: Annotated[list[Path], typer.Option(help="Evaluation sets that must share nothing with it.")],
+    against: Annotated[
+        list[Path], typer.Option(help="Data sets and benchmarks (JSONL of cases) that must share nothing with it.")
+    ],
     share_speakers: Annotated[bool, typer.Option(help="Speakers may be shared.")] = False,
+    checkpoint: options.CheckpointOption = "nano",
+    device: options.DeviceOption = "cpu",
 ) -> None:
-    """Fail if speakers, texts or audio of an evaluation set are in the data set."""
-    from services.trainer.data.checks import HeldOut, check_leaks
+    """Fail if speakers, texts or audio of an evaluation set are in the data set.
+
+    The checkpoint's tokenizer codes a benchmark's recordings where the set was made from tokens alone.
+    """
+    from services.trainer.data.checks import check_leaks, read_held_out
     from services.trainer.data.manifest import Dataset
 
-    held_out = [HeldOut.of(str(path), Dataset.load(path).rows) for path in against]
     found = Dataset.load(dataset)
+    with _tokenizer(checkpoint, device) as tokenize:
+        held_out = [read_held_out(path, found.rows, tokenize) for path in against]
     check_leaks(found.rows, held_out, speakers=not share_speakers)
     typer.echo(f"{found.name} {found.version}: no leaks into {', '.join(str(path) for path in against)}.")
 
@@ -135,6 +138,20 @@ def rate(
         server.serve()
     finally:
         server.close()
+
+
+@contextmanager
+def _tokenizer(checkpoint: str, device: str) -> Iterator[Callable[[], Tokenize]]:
+    """The checkpoint's tokenizer, loaded when it is asked for."""
+    from editx.training import Served
+    from services.trainer.data.build import tokenize_with
+    from shared.checkpoints.layout import Checkpoint
+
+    served = Served()
+    try:
+        yield lambda: tokenize_with(served(Checkpoint.resolve(checkpoint).root, device))
+    finally:
+        served.close()
 
 
 def _shown(value: Any) -> str:

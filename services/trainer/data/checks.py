@@ -1,18 +1,25 @@
 """What must hold between sets: nothing of an evaluation set may be learned, and what a set holds, as numbers.
 
-Knows rows, not where they lie.
+An evaluation set is a data set or a benchmark. A recording is told by the hash of its samples and by that of its
+tokens, since rows may have been made from tokens alone.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from services.trainer.data.build import Tokenize
 from services.trainer.data.manifest import Dataset
-from services.trainer.data.rows import Row
+from services.trainer.data.records import numbered_lines
+from services.trainer.data.rows import Row, Side, hash_audio, hash_codes
+from services.trainer.evaluate.benchmark import Case, read_cases
+from shared.audio.io import read_audio
 from shared.errors import UserError
 
 _SPACES = re.compile(r"[\W_]+")
@@ -26,7 +33,7 @@ class Leak(UserError):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What an evaluation set holds: speakers, normalised texts and audio hashes."""
+    """What an evaluation set holds: speakers, normalised texts, and hashes of recordings and of their tokens."""
 
     name: str
     speakers: frozenset[str]
@@ -39,8 +46,41 @@ class HeldOut:
             name,
             frozenset(row.speaker for row in rows),
             frozenset(normal(text) for row in rows for text in _texts(row)),
-            frozenset(hash for row in rows for hash in _hashes(row)),
+            frozenset(mark for row in rows for side in _sides(row) for mark in side.fingerprints),
         )
+
+    @classmethod
+    def of_cases(cls, name: str, cases: Sequence[tuple[Case, Path]], tokenize: Tokenize | None = None) -> HeldOut:
+        """A benchmark: the speakers and texts of its cases, its recordings and, given the tokenizer, their tokens."""
+        recordings = [read_audio(path) for path in sorted({path for _, path in cases})]
+        marks = {hash_audio(one.samples, one.sample_rate_hz) for one in recordings}
+        if tokenize is not None:
+            marks |= {hash_codes(tokenize(one)) for one in recordings}
+        return cls(
+            name,
+            frozenset(case.speaker for case, _ in cases),
+            frozenset(normal(text) for case, _ in cases for text in (case.prompt_text, case.gen_text)),
+            frozenset(marks),
+        )
+
+
+def read_held_out(path: Path, training: Sequence[Row], tokenize: Callable[[], Tokenize]) -> HeldOut:
+    """A data set (folder or JSONL) or a benchmark (JSONL of cases) that `training` is held against.
+
+    The tokenizer is asked for when a benchmark is compared with rows whose recordings were not there. Raises UserError.
+    """
+    if path.is_file() and _holds_cases(path):
+        by_tokens = any(side.is_hashed_by_tokens for row in training for side in _sides(row))
+        return HeldOut.of_cases(str(path), read_cases(path), tokenize() if by_tokens else None)
+    return HeldOut.of(str(path), Dataset.load(path).rows)
+
+
+def _holds_cases(path: Path) -> bool:
+    _, first = next(numbered_lines(path), (0, ""))
+    try:
+        return "gen_text" in json.loads(first)
+    except (ValueError, TypeError):
+        return False
 
 
 def normal(text: str) -> str:
@@ -52,8 +92,8 @@ def _texts(row: Row) -> list[str]:
     return [row.source.text, row.target.text, *([row.edit.target_text] if row.edit.target_text else [])]
 
 
-def _hashes(row: Row) -> list[str]:
-    return [row.source.sha256, row.target.sha256, *([row.rejected.sha256] if row.rejected else [])]
+def _sides(row: Row) -> list[Side]:
+    return [row.source, row.target, *([row.rejected] if row.rejected else [])]
 
 
 def check_leaks(training: Sequence[Row], held_out: Sequence[HeldOut], *, speakers: bool = True) -> None:
@@ -68,7 +108,7 @@ def check_leaks(training: Sequence[Row], held_out: Sequence[HeldOut], *, speaker
                 found.append(f"{row.id}: speaker {row.speaker} is in {other.name}")
             if any(normal(text) in other.texts for text in _texts(row)):
                 found.append(f"{row.id}: its text is in {other.name}")
-            if any(hash in other.audio for hash in _hashes(row)):
+            if any(side.fingerprints & other.audio for side in _sides(row)):
                 found.append(f"{row.id}: its audio is in {other.name}")
     if found:
         rest = f" and {len(found) - 5} more" if len(found) > 5 else ""

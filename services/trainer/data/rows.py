@@ -64,7 +64,7 @@ class Side(BaseModel):
     audio: str | None = Field(default=None, description="Path or artifact key of the recording.")
     sha256: str = Field(
         default_factory=lambda known: hash_codes(known["mixed"]) if "mixed" in known else "",
-        description="Of the recording's samples, or of the tokens where there is none.",
+        description="Of the recording's samples (`hash_audio`), or of the tokens where it was not there.",
     )
 
     @field_validator("text")
@@ -73,6 +73,16 @@ class Side(BaseModel):
         if not text.strip():
             raise ValueError("the text is blank")
         return text
+
+    @property
+    def fingerprints(self) -> frozenset[str]:
+        """What two sides of one recording share: the hash of its samples, where it was there, and of its tokens."""
+        return frozenset({self.sha256, hash_codes(self.mixed)})
+
+    @property
+    def is_hashed_by_tokens(self) -> bool:
+        """Whether the recording itself was not there when the row was made."""
+        return self.sha256 == hash_codes(self.mixed)
 
     @property
     def seconds(self) -> float:
@@ -131,10 +141,14 @@ def hash_codes(mixed: Codes) -> str:
     return hashlib.sha256(np.asarray(mixed).astype("<u2").tobytes()).hexdigest()
 
 
+def as_pcm(samples: np.ndarray) -> np.ndarray:
+    """Samples as 16-bit ones, (n,) int16: what was read from a 16-bit file comes out as it was there."""
+    return (np.asarray(samples, np.float64) * 32768).round().clip(-32768, 32767).astype("<i2")
+
+
 def hash_audio(samples: np.ndarray, sample_rate_hz: int) -> str:
-    """SHA-256 of a recording as 16-bit samples: the same for the same sound in another container."""
-    pcm = (np.clip(samples, -1, 1) * 32767).round().astype("<i2")
-    return hashlib.sha256(sample_rate_hz.to_bytes(4, "little") + pcm.tobytes()).hexdigest()
+    """SHA-256 of a recording as 16-bit samples: the same for the same samples in another lossless container."""
+    return hashlib.sha256(sample_rate_hz.to_bytes(4, "little") + as_pcm(samples).tobytes()).hexdigest()
 
 
 def reason(error: Exception) -> str:

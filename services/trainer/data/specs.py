@@ -19,7 +19,7 @@ from services.trainer.core.configs import with_entries
 from services.trainer.core.plots import draw_histograms
 from services.trainer.core.runs import write_json
 from services.trainer.data import build
-from services.trainer.data.checks import HeldOut, check_leaks
+from services.trainer.data.checks import check_leaks, read_held_out
 from services.trainer.data.manifest import Dataset, Refused, collect, read_rows
 from services.trainer.data.margin import (
     LOWEST_THRESHOLD,
@@ -75,7 +75,9 @@ class Spec(BaseModel):
     )
     pairs_per_prompt: int = Field(default=4, ge=1)
     weights: dict[str, float] = Field(default_factory=dict, description="Entries of Weights, for preferences.")
-    against: list[Path] = Field(default_factory=list, description="Evaluation sets that must not leak.")
+    against: list[Path] = Field(
+        default_factory=list, description="Data sets and benchmarks (JSONL) that nothing may be of."
+    )
     share_speakers: bool = False
     lowest_rate_hz: int = Field(default=16_000, description="Recordings of a lower rate are bad rows.")
     on_bad: Literal["skip", "fail"] = "fail"
@@ -148,7 +150,7 @@ def build_spec(
         if dataset.refused:
             why = f"{len(dataset.refused)} were left out, the first because {dataset.refused[0].reason}"
         raise UserError(f"The set {spec.name} has no rows: {why}.", code="invalid_dataset")
-    held_out = [HeldOut.of(str(path), Dataset.load(folder / path).rows) for path in spec.against]
+    held_out = [read_held_out(folder / path, dataset.rows, tokenize) for path in spec.against]
     check_leaks(dataset.rows, held_out, speakers=not spec.share_speakers)
     return Built(dataset, filtered)
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 from services.trainer.data import build, degrade
-from services.trainer.data.checks import HeldOut, Leak, check_leaks, normal, statistics
+from services.trainer.data.checks import HeldOut, Leak, check_leaks, normal, read_held_out, statistics
 from services.trainer.data.manifest import Dataset, Refused, collect, fetch, read_rows
 from services.trainer.data.margin import Annotation, MarginScorer, Thresholds, keep_large_margins, read_annotations
 from services.trainer.data.preferences import (
@@ -24,9 +25,9 @@ from services.trainer.data.preferences import (
     scores_of,
 )
 from services.trainer.data.rating import RatingServer, read_items, shuffled
-from services.trainer.data.rows import Row, hash_audio
+from services.trainer.data.rows import Row, Side, as_pcm, hash_audio
 from services.trainer.data.teachers import CloneApi, HttpTeacher, with_retries
-from shared.audio.io import Waveform, write_audio
+from shared.audio.io import Waveform, read_audio, write_audio
 from shared.errors import PermanentError, TransientError, UserError
 from shared.store.folder import FolderStore
 from tests.services.trainer.conftest import make_row, random_codes
@@ -117,6 +118,37 @@ def test_leaks_by_speaker_text_and_audio_fail() -> None:
         check_leaks([same_audio], [held_out])
     check_leaks([make_row(0)], [HeldOut("none", frozenset(), frozenset(), frozenset())])
     assert normal("Oh, [Laughter] no!") == "ohno"
+
+
+def test_a_benchmarks_recordings_texts_and_speakers_leak_too(tmp_path: Path) -> None:
+    write_audio(Waveform(tone(1.0), RATE), tmp_path / "p.wav", "wav")
+    case = {"id": 1, "speaker": "eve", "gen_text": "To be said", "prompt_audio": "p.wav", "prompt_text": "A prompt.",
+            "lang": "en", "task": "emotion", "task_sub": "happy"}  # fmt: skip
+    bench = tmp_path / "bench.jsonl"
+    bench.write_text(json.dumps(case) + "\n")
+    asked: list[str] = []
+
+    def held_out(rows: list[Row]) -> list[HeldOut]:
+        return [read_held_out(bench, rows, lambda: asked.append("tokenizer") or tokenize)]
+
+    with pytest.raises(Leak, match="speaker eve is in"):
+        check_leaks([make_row(0).model_copy(update={"speaker": "eve"})], held_out([make_row(0)]))
+    other = make_row(1).model_copy(update={"target": make_row(1).target.model_copy(update={"text": "a  PROMPT"})})
+    with pytest.raises(Leak, match="its text is in"):
+        check_leaks([other], held_out([other]))
+    waveform = read_audio(tmp_path / "p.wav")
+    tokens_alone = make_row(2).model_copy(update={"source": Side(text="so", mixed=tokenize(waveform))})
+    with pytest.raises(Leak, match="its audio is in"):
+        check_leaks([tokens_alone], held_out([tokens_alone]))
+    assert asked
+    asked.clear()
+    soundfile.write(tmp_path / "p.flac", as_pcm(waveform.samples), RATE)
+    copied = recording("other words", read_audio(tmp_path / "p.flac").samples)
+    (denoised,) = build.simple_edits([copied], tokenize, kinds=("denoise",))
+    with pytest.raises(Leak, match="its audio is in"):
+        check_leaks([denoised], held_out([denoised]))
+    assert not asked
+    check_leaks([make_row(0)], held_out([make_row(0)]))
 
 
 def test_statistics_count_hours_and_margins() -> None:
