@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from editx.cli import options
-
-if TYPE_CHECKING:
-    from services.trainer.evaluate.remote import Judge
 
 app = typer.Typer(help="Benchmark edits: accuracy by iteration, words, voice and naturalness.", no_args_is_help=True)
 
@@ -20,11 +17,12 @@ def run(
     benchmark: Annotated[Path, typer.Argument(help="JSONL in the format of Step-Audio-Edit-Benchmark.")],
     out: Annotated[Path, typer.Option(help="Result folder; a run that stopped goes on from it.")],
     checkpoint: options.CheckpointOption = "nano",
-    judge: Annotated[
-        str, typer.Option(help="A judge file of `fit-judge`, gemini:MODEL or openai:MODEL.")
-    ] = "judge.json",
-    judge_url: Annotated[str, typer.Option(envvar="EDITX_JUDGE_URL", help="Address of the judge's API.")] = "",
-    judge_key: Annotated[str, typer.Option(envvar="EDITX_JUDGE_KEY", help="Key of the judge's API.")] = "",
+    judge: options.JudgeOption = "judge.json",
+    judge_url: options.JudgeUrlOption = "",
+    judge_key: options.JudgeKeyOption = "",
+    judge_rate: options.JudgeRateOption = 60.0,
+    judge_cost: options.JudgeCostOption = 0.0,
+    judge_budget: options.JudgeBudgetOption = None,
     iterations: Annotated[int, typer.Option(min=0, max=10)] = 3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     workers: Annotated[int, typer.Option(min=1, max=64, help="Cases at a time.")] = 2,
@@ -48,6 +46,7 @@ def run(
     from editx.remote import RemoteEditor
     from editx.training import Served
     from services.trainer.evaluate import runner
+    from services.trainer.evaluate.asking import Cost, open_judge
     from services.trainer.evaluate.benchmark import read_cases
     from services.trainer.evaluate.judges import Judges
     from services.trainer.evaluate.report import write_report
@@ -58,7 +57,8 @@ def run(
     from shared.checkpoints.step1 import load_text_tokenizer
 
     cases = read_cases(benchmark)
-    asked = _judge(judge, judge_url, judge_key, out)
+    cost = Cost(judge_rate, judge_cost, judge_budget)
+    asked = open_judge(judge, out / "judge-cache", url=judge_url, key=judge_key, cost=cost)
     served, bar = Served(), tqdm(total=len(cases), desc="cases")
     remote = RemoteEditor(gateway, gateway_key) if gateway else None
 
@@ -112,17 +112,3 @@ def fit_judge(
     judge, counts = fit_acoustic_judge(examples)
     judge.save(out)
     typer.echo(f"{out}: {', '.join(f'{task} from {count}' for task, count in counts.items())}")
-
-
-def _judge(judge: str, url: str, key: str, out: Path) -> Judge:
-    from services.trainer.evaluate.acoustic import AcousticJudge
-    from services.trainer.evaluate.remote import Api, HttpJudge
-    from services.trainer.evaluate.runner import OfflineJudge
-    from shared.errors import UserError
-
-    kind, separator, model = judge.partition(":")
-    if not separator:
-        return OfflineJudge(AcousticJudge.load(Path(judge)))
-    if not url or not key:
-        raise UserError("A remote judge needs an address and a key.", "Set EDITX_JUDGE_URL and EDITX_JUDGE_KEY.")
-    return HttpJudge(Api(kind, model, key, url), out / "judge-cache")

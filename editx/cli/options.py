@@ -20,6 +20,18 @@ TemperatureOption = Annotated[
     float | None,
     typer.Option("--temperature", min=0.0, max=2.0, help="How boldly tokens are drawn; else as the checkpoint says."),
 ]
+JudgeOption = Annotated[
+    str, typer.Option("--judge", help="A judge file of `eval fit-judge`, gemini:MODEL or openai:MODEL.")
+]
+JudgeUrlOption = Annotated[
+    str, typer.Option("--judge-url", envvar="EDITX_JUDGE_URL", help="Address of the judge's API.")
+]
+JudgeKeyOption = Annotated[str, typer.Option("--judge-key", envvar="EDITX_JUDGE_KEY", help="Key of the judge's API.")]
+JudgeRateOption = Annotated[float, typer.Option("--judge-rate", help="Calls to the judge's API in a minute, at most.")]
+JudgeCostOption = Annotated[float, typer.Option("--judge-cost", help="What a call costs, in any currency.")]
+JudgeBudgetOption = Annotated[
+    float | None, typer.Option("--judge-budget", help="What all calls may cost; then the run stops and can go on.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document per run on standard output.")]
 PictureOption = Annotated[
     Path | None, typer.Option("--picture", help="Draw source and result with F0 and energy into this PNG.")

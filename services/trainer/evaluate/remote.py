@@ -1,4 +1,4 @@
-"""Judges behind HTTP APIs: a recording and a question in, a verdict out; Gemini's own format and the OpenAI-compatible.
+"""Judges behind HTTP APIs: two recordings and a question in, a verdict out; Gemini's own format and the OpenAI one.
 
 Answers are cached by the content of the question, so a judgement is paid for once. Retries, a rate limit and a budget
 are the client's. What is asked follows the benchmark of arXiv 2511.03601: a closed choice of labels for emotion and
@@ -22,6 +22,13 @@ from services.trainer.data.teachers import Post, post_json, with_retries
 from shared.errors import PermanentError, UserError
 
 NONE = "none"
+API_KINDS = ("gemini", "openai")
+
+
+class BudgetSpent(UserError):
+    """The judge may cost no more; whoever asks on would do work that nobody judges."""
+
+    default_code = "budget_spent"
 
 
 @dataclass(frozen=True)
@@ -37,15 +44,19 @@ class Question:
 
     def prompt(self) -> str:
         """The question in words, with the form of the answer."""
+        heard = (
+            "You hear two recordings of one voice: the first is what there was before, the second is the result. "
+            "Judge the second; the first only shows how the voice sounds by itself.\n"
+        )
         if self.task == "paralinguistic":
-            return (
+            return heard + (
                 "You inspect synthetic speech for non-verbal sounds. The text below marks each sound in brackets at "
                 "the place where it must be heard. Answer 1 if the sounds are missing or all misplaced, 2 if they are "
                 "there with any flaw, 3 if every one is clear and in place. A sound that is left out is the usual "
                 f'fault: listen for it first.\nText: {self.text}\nAnswer as JSON: {{"score": 1}}'
             )
         choice = ", ".join((*self.labels, NONE))
-        return (
+        return heard + (
             f"Listen to how the speaker sounds and ignore what the words mean. Which {self.task} is it? Choose one of: "
             f"{choice}. Choose {NONE} when unsure. Also rate from 1 to 10 how clearly the recording expresses "
             f'"{self.wanted}" and how natural it sounds.\n'
@@ -88,22 +99,32 @@ class Api:
     budget: float = float("inf")
     timeout_s: float = 60.0
 
-    def request(self, prompt: str, wav: bytes) -> tuple[str, dict[str, Any], dict[str, str]]:
-        """URL, JSON document and headers of one question."""
-        audio = base64.b64encode(wav).decode()
+    def __post_init__(self) -> None:
+        if self.kind not in API_KINDS:
+            raise UserError(f"There is no judge API of kind {self.kind!r}.", f"Known: {', '.join(API_KINDS)}.",
+                            "invalid_training")  # fmt: skip
+        if self.calls_per_minute <= 0 or min(self.cost_per_call, self.budget) < 0:
+            raise UserError("A judge's rate must be positive, its cost and budget not negative.",
+                            code="invalid_training")  # fmt: skip
+        if self.budget < float("inf") and not self.cost_per_call:
+            raise UserError("A budget for the judge needs the cost of a call.", "Give both, in the same currency.",
+                            "invalid_training")  # fmt: skip
+
+    def request(self, prompt: str, recordings: Sequence[bytes]) -> tuple[str, dict[str, Any], dict[str, str]]:
+        """URL, JSON document and headers of one question about WAV recordings."""
+        audio = [base64.b64encode(wav).decode() for wav in recordings]
         if self.kind == "gemini":
-            parts = [{"text": prompt}, {"inlineData": {"mimeType": "audio/wav", "data": audio}}]
+            sounds = [{"inlineData": {"mimeType": "audio/wav", "data": one}} for one in audio]
+            parts: list[dict[str, Any]] = [{"text": prompt}, *sounds]
             document = {"contents": [{"role": "user", "parts": parts}],
                         "generationConfig": {"temperature": 0, "responseMimeType": "application/json"}}  # fmt: skip
             url = f"{self.url.rstrip('/')}/models/{self.model}:generateContent"
             return url, document, {"x-goog-api-key": self.key}
-        if self.kind == "openai":
-            content = [{"type": "text", "text": prompt},
-                       {"type": "input_audio", "input_audio": {"data": audio, "format": "wav"}}]  # fmt: skip
-            chat = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": content}],
-                    "response_format": {"type": "json_object"}}  # fmt: skip
-            return f"{self.url.rstrip('/')}/chat/completions", chat, {"Authorization": f"Bearer {self.key}"}
-        raise UserError(f"There is no judge API of kind {self.kind!r}.", "Known: gemini, openai.", "invalid_training")
+        spoken = [{"type": "input_audio", "input_audio": {"data": one, "format": "wav"}} for one in audio]
+        content: list[dict[str, Any]] = [{"type": "text", "text": prompt}, *spoken]
+        chat = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": content}],
+                "response_format": {"type": "json_object"}}  # fmt: skip
+        return f"{self.url.rstrip('/')}/chat/completions", chat, {"Authorization": f"Bearer {self.key}"}
 
     def text_of(self, body: bytes) -> str:
         """The text of an answer. Raises PermanentError for an answer of another form."""
@@ -130,13 +151,14 @@ class HttpJudge:
         cache.mkdir(parents=True, exist_ok=True)
 
     def ask(self, question: Question, wav: bytes, source_wav: bytes) -> Verdict:
-        """Raises UserError when the budget is spent, TransientError and PermanentError as the API fails."""
+        """Raises BudgetSpent, and TransientError and PermanentError as the API fails."""
         prompt = question.prompt()
-        key = hashlib.sha256(b"\0".join([self.name.encode(), prompt.encode(), wav])).hexdigest()
+        parts = [self.name.encode(), prompt.encode(), source_wav, wav]
+        key = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
         path = self._cache / f"{key}.json"
         if path.exists():
             return Verdict(**json.loads(path.read_text()))
-        url, document, headers = self._api.request(prompt, wav)
+        url, document, headers = self._api.request(prompt, [source_wav, wav])
         body = with_retries(lambda: self._call(url, document, headers), where=self._api.url, sleep=self._sleep)
         verdict = parse_verdict(self._api.text_of(body), (*question.labels, NONE))
         write_json(path, verdict.__dict__)
@@ -145,8 +167,8 @@ class HttpJudge:
     def _call(self, url: str, document: dict[str, Any], headers: dict[str, str]) -> tuple[int, bytes]:
         with self._lock:
             if self.spent + self._api.cost_per_call > self._api.budget:
-                raise UserError(f"The budget of {self._api.budget:g} is spent after {self.calls} judgements.",
-                                "Raise it; what was judged is kept.", "budget_spent")  # fmt: skip
+                raise BudgetSpent(f"The budget of {self._api.budget:g} is spent after {self.calls} calls.",
+                                  "Raise it; what was judged is kept.")  # fmt: skip
             self.spent, self.calls = self.spent + self._api.cost_per_call, self.calls + 1
             wait = self._next - self._clock()
             self._next = max(self._clock(), self._next) + 60.0 / self._api.calls_per_minute

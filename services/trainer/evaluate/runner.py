@@ -20,7 +20,7 @@ import soxr
 from services.trainer.evaluate.acoustic import RATE_HZ, AcousticJudge, Audio
 from services.trainer.evaluate.benchmark import Case, same_label
 from services.trainer.evaluate.judges import Judges, similarity, word_errors, words
-from services.trainer.evaluate.remote import Judge, Question, Verdict
+from services.trainer.evaluate.remote import BudgetSpent, Judge, Question, Verdict
 from shared.audio.io import Waveform, read_audio, write_audio
 from shared.errors import EditxError, UserError
 from shared.schemas.edit import Edit
@@ -108,7 +108,10 @@ def run(
     cases: Sequence[tuple[Case, Path]], system: System, judge: Judge, folder: Path, setup: Setup, *,
     measures: Measures | None = None, progress: Callable[[float, str], None] | None = None,
 ) -> list[dict[str, object]]:  # fmt: skip
-    """All results, those of earlier calls included; failed cases stand there with their error and are tried again."""
+    """All results, those of earlier calls included; failed cases stand there with their error and are tried again.
+
+    Raises BudgetSpent when the judge may cost no more: the next call goes on.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path, lock = folder / RESULTS, threading.Lock()
     labels = _labels(cases)
@@ -118,6 +121,8 @@ def run(
     def one(case: Case, audio: Path) -> dict[str, object]:
         try:
             line = _case(case, audio, system, judge, folder, setup, measures or NoMeasures(), labels[case.task])
+        except BudgetSpent:
+            raise
         except EditxError as error:
             line = {"key": case.key, **case.model_dump(), "error": str(error)}
         with lock, path.open("a", encoding="utf-8") as file:
@@ -126,10 +131,14 @@ def run(
 
     with ThreadPoolExecutor(setup.workers) as pool:
         futures = [pool.submit(one, case, audio) for case, audio in todo]
-        for count, future in enumerate(as_completed(futures), start=1):
-            done[str(future.result()["key"])] = future.result()
-            if progress is not None:
-                progress(count / len(todo), f"{count} of {len(todo)} cases")
+        try:
+            for count, future in enumerate(as_completed(futures), start=1):
+                done[str(future.result()["key"])] = future.result()
+                if progress is not None:
+                    progress(count / len(todo), f"{count} of {len(todo)} cases")
+        except BudgetSpent:
+            pool.shutdown(cancel_futures=True)
+            raise
     return [done[case.key] for case, _ in cases]
 
 

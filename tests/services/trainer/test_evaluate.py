@@ -1,5 +1,6 @@
 """The benchmark: its format, its iterations, resumption, judges, and intervals against known numbers."""
 
+import base64
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from services.trainer.evaluate.acoustic import FEATURES, AcousticJudge, Classifier, change, features, pitch
 from services.trainer.evaluate.benchmark import Case, read_cases
-from services.trainer.evaluate.remote import Api, HttpJudge, Question, Verdict, parse_verdict
+from services.trainer.evaluate.remote import Api, BudgetSpent, HttpJudge, Question, Verdict, parse_verdict
 from services.trainer.evaluate.report import bootstrap, compare, markdown, paired, summarise, write_report
 from services.trainer.evaluate.runner import OfflineJudge, Setup, read_results, run
 from services.trainer.evaluate.system import SEED_STRIDE, PortSystem
@@ -213,11 +214,41 @@ def test_a_remote_judge_asks_once_retries_and_keeps_to_its_budget(kind: str, tmp
     assert verdict.is_right("happy")
     assert len(sent) == 2
     assert "happy, sad, none" in json.dumps(sent[0][1])
+    heard = [json.dumps(sent[0][1]).index(base64.b64encode(wav).decode()) for wav in (b"source", b"wav")]
+    assert heard == sorted(heard)  # before, then after
     assert judge.ask(question, b"wav", b"source") == verdict
     assert len(sent) == 2  # the second answer came from the cache
-    judge.ask(question, b"other", b"source")
-    with pytest.raises(UserError, match="budget of 3 is spent"):
+    judge.ask(question, b"wav", b"another source")
+    with pytest.raises(BudgetSpent, match="budget of 3 is spent"):
         judge.ask(question, b"third", b"source")
+
+
+@pytest.mark.parametrize(("entries", "message"), [
+    ({"kind": "psychic"}, "no judge API of kind 'psychic'"),
+    ({"budget": 5.0}, "needs the cost of a call"),
+    ({"calls_per_minute": 0.0}, "rate must be positive"),
+])  # fmt: skip
+def test_a_judge_that_cannot_be_asked_so_is_refused(entries: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Api(**{"kind": "gemini", "model": "m", "key": "k", "url": "http://x"} | entries)
+
+
+def test_a_spent_budget_stops_the_benchmark_which_goes_on_later(bench: Path, tmp_path: Path) -> None:
+    class Dear(PitchJudge):
+        left = 5
+
+        def ask(self, question, wav, source_wav) -> Verdict:
+            if not self.left:
+                raise BudgetSpent("nothing is left")
+            self.left -= 1
+            return super().ask(question, wav, source_wav)
+
+    system = System()
+    with pytest.raises(BudgetSpent):
+        run(read_cases(bench), system, Dear(), tmp_path / "out", Setup(iterations=1))
+    assert len(read_results(tmp_path / "out")) == 2
+    assert len(system.edits) < 6
+    assert len(run(read_cases(bench), system, PitchJudge(), tmp_path / "out", Setup(iterations=1))) == 6
 
 
 def test_answers_of_judges_are_read_in_every_form_or_refused() -> None:

@@ -248,7 +248,10 @@ def test_the_benchmark_runs_with_a_fitted_judge_and_is_reported(tiny: Path, tmp_
     assert run(arguments) == 0
     assert "| emotion | all | Iter1 | 1 |" in capsys.readouterr().out
     assert run(["eval", "report", str(tmp_path / "out"), "--out", str(tmp_path / "report")]) == 0
-    assert run([*arguments[:-6], "--judge", "gemini:x"]) == 2
+    asked = [*arguments[:-6], "--judge", "gemini:x"]
+    assert "needs an address" in refused(asked, capsys)
+    known = ["--judge-url", "http://127.0.0.1:9", "--judge-key", "k", "--judge-budget", "2"]
+    assert "needs the cost of a call" in refused([*asked, *known], capsys)
 
 
 def test_a_trained_reward_model_picks_candidates_and_teaches_the_policy(
