@@ -41,6 +41,7 @@ def embedded_backend(system: Embedded, settings: GatewaySettings) -> Backend:
         system.checkpoint.metadata,
         encoder(system.checkpoint),
         groups={kind: f"editx-{kind}" for kind in STEPS},
+        has_reward=system.checkpoint.has_reward,
         close=system.close,
     )
 

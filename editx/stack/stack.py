@@ -20,6 +20,7 @@ from editx.stack import process, servers
 from editx.stack.models import SPECS, repository
 from editx.stack.process import NotReady, Program, Running
 from shared.bus.kafka import KafkaBus, connect
+from shared.checkpoints.layout import Checkpoint
 from shared.errors import UserError
 from shared.jobs.redis import RedisJobStore
 from shared.store.s3 import S3Store
@@ -266,7 +267,11 @@ class Stack:
 
     @property
     def _served(self) -> list[str]:
-        return [service for service in self.options.services if service in SPECS]
+        """The services whose models the checkpoint has; only the reward model may be missing."""
+        has_reward = Checkpoint.resolve(self.options.checkpoint).has_reward
+        return [
+            service for service in self.options.services if service in SPECS and (service != "reward" or has_reward)
+        ]
 
     def _broker(self, port: int) -> Program:
         advertised = port + self.options.detour

@@ -52,6 +52,7 @@ class Backend:
     encode: Encode
     groups: Mapping[StepKind, str] = field(default_factory=lambda: WORKER_GROUPS)
     quota: Quota = field(default_factory=MemoryQuota)
+    has_reward: bool = True
     close: Callable[[], None] = _nothing
 
 
@@ -89,4 +90,14 @@ def open_backend(settings: GatewaySettings) -> Backend:
         jobs.close()
         quota.close()
 
-    return Backend(bus, store, jobs, inference, checkpoint.metadata, encoder(checkpoint), quota=quota, close=close)
+    return Backend(
+        bus,
+        store,
+        jobs,
+        inference,
+        checkpoint.metadata,
+        encoder(checkpoint),
+        quota=quota,
+        has_reward=checkpoint.has_reward,
+        close=close,
+    )

@@ -94,6 +94,9 @@ def accept(gateway: Gateway, principal: Principal, submission: Submission, key: 
     What cannot be published now the sweeper publishes later. Raises UserError, IdempotencyConflict, TransientError.
     """
     backend, request = gateway.backend, submission.request(gateway.backend.metadata)
+    if request.n_best > 1 and not backend.has_reward:
+        raise UserError(f"The checkpoint {backend.metadata.name} has no reward model to choose among candidates.",
+                        "Ask for one (n_best: 1), or serve a checkpoint that has one.", "no_reward_model")  # fmt: skip
     if request.webhook_url is not None:
         gateway.webhooks.check(request.webhook_url, principal.webhook_secret)
     move = machine.accept(

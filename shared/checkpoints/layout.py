@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -24,6 +24,11 @@ DECODER_FOLDER = "CosyVoice-300M-25Hz"
 VOCODER_FILES = ["hift.safetensors", "hift.pt", "vocoder.safetensors", "bigvgan_generator.pt"]
 LINGUISTIC_FOLDER = "dengcunqin/speech_paraformer-large_asr_nat-zh-cantonese-en-16k-vocab8501-online"
 METADATA_FILE = "editx.json"
+REWARD_FOLDER = "reward"
+REWARD_HEAD = "reward_head.safetensors"
+
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What building a model from settings of another form may raise."""
 
 BUNDLED = ("nano",)
 HOME_VARIABLE = "EDITX_CHECKPOINTS_DIR"
@@ -40,6 +45,17 @@ class InvalidCheckpoint(UserError):
     """A file of the checkpoint is there and is not what it should be."""
 
     default_code = "checkpoint_invalid"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises InvalidCheckpoint for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InvalidCheckpoint(f"{path} is not JSON: {error}.", "Fetch it again.") from error
+    if not isinstance(content, dict):
+        raise InvalidCheckpoint(f"{path} holds no JSON object.", "Fetch it again.")
+    return content
 
 
 class TrainedOn(BaseModel):
@@ -167,8 +183,8 @@ class Checkpoint:
             names = ["model.safetensors", "model-00001.safetensors"]
             return (self._find("language model weights", [folder], names),)
         try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            shards = sorted(set(read_json(index)["weight_map"].values()))
+        except MALFORMED as error:
             raise InvalidCheckpoint(
                 f"{index} is not a weight index: {error}",
                 "Fetch the file again, or remove it if the weights are in one file.",
@@ -224,6 +240,16 @@ class Checkpoint:
     def semantic_onnx(self) -> Path:
         """The semantic tokenizer."""
         return self._find("semantic tokenizer", [self.tokenizer_dir], ["speech_tokenizer_v1.onnx"])
+
+    @property
+    def reward_dirs(self) -> tuple[Path, ...]:
+        """Where a reward model may lie: a checkpoint may lack one, or be one."""
+        return self.root / REWARD_FOLDER, self.root, self.editx_dir
+
+    @property
+    def has_reward(self) -> bool:
+        """Whether the checkpoint can choose the best of several candidates."""
+        return any((folder / REWARD_HEAD).is_file() for folder in self.reward_dirs)
 
     @cached_property
     def metadata(self) -> Metadata:

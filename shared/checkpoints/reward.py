@@ -13,18 +13,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from shared.checkpoints.layout import Checkpoint, InvalidCheckpoint
+from shared.checkpoints.layout import REWARD_FOLDER, REWARD_HEAD, Checkpoint, InvalidCheckpoint
 from shared.checkpoints.step1 import load_step1
 from shared.errors import MissingComponent
 from shared.models.reward import Step1Reward
 
-FOLDER = "reward"
-HEAD = "reward_head.safetensors"
+FOLDER, HEAD = REWARD_FOLDER, REWARD_HEAD
 
 
 def reward_folder(checkpoint: Checkpoint) -> Path:
     """Where the checkpoint's reward model lies. Raises MissingComponent."""
-    for folder in (checkpoint.root / FOLDER, checkpoint.root, checkpoint.editx_dir):
+    for folder in checkpoint.reward_dirs:
         if (folder / HEAD).is_file():
             return folder
     raise MissingComponent("The reward model", f"the checkpoint {checkpoint.root} has no {FOLDER}/{HEAD}",

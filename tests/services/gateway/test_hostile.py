@@ -143,7 +143,7 @@ def test_a_form_with_unknown_or_doubled_parts_is_refused(client: httpx.Client) -
 
 
 def test_a_job_that_fails_says_why(served: Served, client: httpx.Client) -> None:
-    values = {**DENOISE, "n_best": "2"}
+    values = {**DENOISE, "timeout_s": "0.001"}
     job = client.post("/v1/audio/edits", data=values, files={"audio": wav()}, headers={"prefer": "wait=20"}).json()
     assert job["status"] == "failed"
     assert job["error"]["message"]
