@@ -79,6 +79,14 @@ class Group:
         found: list[float] = tensor.tolist()
         return found
 
+    def most(self, count: int) -> int:
+        """The largest of a number over all processes."""
+        if self.world == 1:
+            return count
+        tensor = torch.tensor(count, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
+
     def mean(self, value: float, weight: float) -> float:
         """The mean of a number over all processes, weighted; the same on every one of them."""
         return value if self.world == 1 else self.total(value * weight) / self.total(weight)

@@ -1,5 +1,8 @@
 """PPO: answers are drawn, scored, and the policy is moved towards what scored above the critic's expectation.
 
+Several processes may have different numbers of answers (an odd number of prompts, stale answers dropped): all of them go
+through as many passes as the one with most, since their collective calls must meet; what fills up weighs nothing.
+
 Four models: the actor (trained), the critic (trained), the frozen reference that KL is measured against, and whatever
 scores the answers. Prompts, rollouts and minibatches of a step depend on the seed and the step alone, so a resumed run
 goes on exactly. Knows nothing about audio.
@@ -44,7 +47,7 @@ from services.trainer.ppo.config import PpoConfig
 from services.trainer.ppo.guards import Runaway, Watch
 from services.trainer.ppo.rollouts import Prompt, Rollout, Rollouts, Scorer
 from shared.codes import Codes
-from shared.errors import TransientError
+from shared.errors import TransientError, UserError
 from shared.models.reward import Step1Reward
 from shared.models.step1 import Step1
 from shared.prompts import TextTokenizer
@@ -85,6 +88,9 @@ class PpoTrainer:
     ) -> None:  # fmt: skip
         self.config, self.loop, self.vocabulary = config, config.loop, vocabulary
         self.group = join_group(self.loop.sharding, self.loop.device)
+        if config.prompts_per_step < self.group.world:
+            raise UserError(f"{config.prompts_per_step} prompts a step are fewer than {self.group.world} processes.",
+                            "Raise prompts_per_step, or start fewer processes.", "invalid_training")  # fmt: skip
         self.prompts, self.rollouts, self.scorer = list(prompts), rollouts, scorer
         self.watched, self.judge = list(watched), judge
         self.actor = cast(Step1, prepare(actor, self.loop, self.group))
@@ -152,8 +158,9 @@ class PpoTrainer:
         version = self._version(step)
         fresh = [one for one in drawn if version - one.version <= self.config.max_staleness and len(one.mixed)]
         self.dropped += len(drawn) - len(fresh)
-        if not fresh:
-            raise TransientError(f"Step {step}: all {len(drawn)} rollouts are empty or older than the bound.",
+        if self.group.anywhere(not fresh):
+            raise TransientError(f"Step {step}: all rollouts of a process are empty or older than the bound "
+                                 f"({len(fresh)} of {len(drawn)} are left here).",
                                  "The pool does not take new weights: look at its servers.")  # fmt: skip
         return fresh, float(np.mean([version - one.version for one in fresh]))
 
@@ -163,7 +170,8 @@ class PpoTrainer:
         batch = sequences([r.prompt.ids for r in rollouts], [r.mixed for r in rollouts],
                           [r.prompt.max_groups for r in rollouts], self.vocabulary, self.loop.device)  # fmt: skip
         old, reference, values, entropy = (torch.zeros_like(batch.mask) for _ in range(4))
-        for start in range(0, len(rollouts), c.micro):
+        for start in range(0, self.group.most(len(rollouts)), c.micro):
+            start = start if start < len(rollouts) else 0
             rows = torch.arange(start, min(start + c.micro, len(rollouts)), device=batch.ids.device)
             part = batch.rows(rows)
             width = part.mask.shape[1]
@@ -210,9 +218,10 @@ class PpoTrainer:
         set_lr(self.critic_optimizer, cosine(step, c.steps, c.critic_lr, c.critic_final_lr, self.loop.warmup_steps))
         sums: dict[str, list[float]] = {}
         count = len(experience.returns)
+        most = self.group.most(count)
         for epoch in range(c.epochs):
             order = np.random.default_rng((self.loop.seed, step, epoch, self.group.rank)).permutation(count)
-            for start in range(0, count, c.minibatch):
+            for start in range(0, most, c.minibatch):
                 for name, value in self._minibatch(experience, order[start : start + c.minibatch], moves).items():
                     sums.setdefault(name, []).append(value)
         return {name: float(np.mean(values)) for name, values in sums.items()} | {"lr": actor_lr * moves}
@@ -224,14 +233,16 @@ class PpoTrainer:
         facts = {"value_loss": 0.0} | ({"policy_loss": 0.0, "clipped": 0.0} if moves else {})
         self.actor_optimizer.zero_grad()
         self.critic_optimizer.zero_grad()
-        for start in range(0, len(chosen), c.micro):
-            rows = torch.from_numpy(chosen[start : start + c.micro]).to(experience.returns.device)
+        for start in range(0, self.group.most(len(chosen)), c.micro):
+            real = start < len(chosen)
+            own = chosen[start : start + c.micro] if real else np.zeros(1, np.int64)
+            rows = torch.from_numpy(own).to(experience.returns.device)
             part = experience.batch.rows(rows)
             old, old_values, advantages, returns = (
                 tensor[rows, : part.mask.shape[1]] for tensor in
                 (experience.old_log_probs, experience.old_values, experience.advantages, experience.returns)
             )  # fmt: skip
-            share = float(part.mask.sum()) / tokens
+            share = float(part.mask.sum()) / tokens * real
             with self.loop.autocast():
                 critic = value_loss(self._values(part).float(), old_values, returns, part.mask, c.value_clip)
             (critic * share * self.group.gradient_scale).backward()

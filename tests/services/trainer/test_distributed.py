@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,12 @@ import pytest
 import torch
 
 from services.trainer.core.distributed import leave_group
-from services.trainer.core.runs import Observer, RunStopped, Silent
+from services.trainer.core.runs import Observer, RunStopped, Silent, read_log
 from services.trainer.core.sampling import Vocabulary
 from services.trainer.core.settings import LoopConfig
-from services.trainer.ppo.config import PpoConfig
+from services.trainer.ppo.config import Guards, PpoConfig
 from services.trainer.ppo.guards import Runaway
-from services.trainer.ppo.rollouts import LocalRollouts, Rollout
+from services.trainer.ppo.rollouts import LocalRollouts, Prompt, Rollout
 from services.trainer.ppo.trainer import PpoTrainer, prompts_of
 from services.trainer.sft.trainer import SftConfig, SftTrainer
 from shared.checkpoints import Checkpoint
@@ -74,6 +75,33 @@ def run_away(checkpoint: Path, folder: Path) -> None:
         (folder / f"stopped-{trainer.group.rank}").touch()
 
 
+class FewerOnTheSecond(LocalRollouts):
+    """A source whose answers to the second process are partly of weights that are too old."""
+
+    def draw(self, prompts: Sequence[Prompt], temperature: float, seed: int) -> list[Rollout]:
+        drawn = super().draw(prompts, temperature, seed)
+        stale = 3 if os.environ["RANK"] == "1" else 0
+        return [replace(one, version=-9) if k < stale else one for k, one in enumerate(drawn)]
+
+
+def uneven(checkpoint: Path, folder: Path, sharding: str) -> None:
+    """Two PPO steps in which the processes have three prompts and two, and one of them drops answers."""
+    torch.set_num_threads(1)
+    found = Checkpoint.resolve(checkpoint)
+    tokenizer = load_text_tokenizer(found)
+    vocabulary = Vocabulary(tokenizer.audio_offset, tokenizer.eos)
+    config = PpoConfig(steps=2, critic_warmup=0, prompts_per_step=5, samples_per_prompt=2, minibatch=2, micro=1,
+                       max_stretch=0.5, extra_groups=1, loop=replace(CONFIG.loop, sharding=sharding),
+                       guards=Guards(kl=50.0, shortest=0.0, longest=100.0, reward=1e3))  # fmt: skip
+    actor, critic, reference, drawer = (load_step1(found, dtype=torch.float32) for _ in range(4))
+    prompts = prompts_of(tokenizer, [make_row(i) for i in range(5)], config)
+    trainer = PpoTrainer(actor, Step1Reward(critic), reference, prompts, FewerOnTheSecond(drawer, vocabulary),
+                         HighOnTheSecond(), vocabulary, config, folder)  # fmt: skip
+    trainer.train()
+    state = trainer.state()
+    torch.save(state, folder / f"weights-{trainer.group.rank}.pt")
+
+
 def in_two_processes(checkpoint: Path, folder: Path, how: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
                "tests.services.trainer.test_distributed", str(checkpoint), str(folder), how]  # fmt: skip
@@ -108,6 +136,15 @@ def test_a_guard_stops_all_processes_when_one_runs_away(tiny: Path, tmp_path: Pa
     assert (tmp_path / "run" / "state.pt").exists()
 
 
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_processes_with_unequal_numbers_of_answers_learn_together(sharding: str, tiny: Path, tmp_path: Path) -> None:
+    in_two_processes(tiny, tmp_path / "run", f"uneven-{sharding}")
+    first, second = (torch.load(tmp_path / "run" / f"weights-{rank}.pt") for rank in (0, 1))
+    for name, tensor in first.items():
+        assert torch.equal(second[name], tensor), name
+    assert len(read_log(tmp_path / "run")) == 2
+
+
 def test_a_sharded_reward_model_is_written_once_and_whole(tiny: Path, tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(make_row(i, rejected=True).model_dump_json() + "\n" for i in range(2)))
@@ -133,6 +170,8 @@ if __name__ == "__main__":
     base, place, (kind, *more) = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split("-")
     if kind == "run":
         run_away(base, place)
+    elif kind == "uneven":
+        uneven(base, place, *more)
     else:
         stops = "stop" in more and os.environ["RANK"] == "1"
         with suppress(RunStopped):
