@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shared.audio.io import Waveform, write_atomically
+from shared.audio.io import Waveform
 from shared.audio.signal import resample
 from shared.errors import MissingComponent
+from shared.files import write_atomically
 
 RATE_HZ = 24_000
 HOP = 240

@@ -1,11 +1,12 @@
 """Every golden folder replayed and compared with what the official implementation gave."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shared.checkpoints.replay import detect, replay
@@ -70,3 +71,33 @@ def test_a_folder_without_a_component_or_without_inputs_is_refused(tmp_path: Pat
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"io\.safetensors does not exist"):
         replay(tmp_path, tmp_path / "out.safetensors")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is not JSON"):
+        detect(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["step1_small", "linguistic_small"])
+def test_damaged_inputs_are_refused_and_nothing_is_written(folder: str, tmp_path: Path) -> None:
+    copied, out = Path(shutil.copytree(GOLDEN / folder, tmp_path / folder)), tmp_path / "out.safetensors"
+    (copied / "io.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(UserError, match=r"io\.safetensors is not a file of tensors"):
+        replay(copied, out)
+    (copied / "io.safetensors").unlink()
+    with pytest.raises(UserError, match=r"io\.safetensors does not exist"):
+        replay(copied, out)
+    assert not out.exists()
+
+
+def test_inputs_of_another_shape_are_refused(tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(GOLDEN / "step1_small", tmp_path / "step1"))
+    save_file({"input_ids": torch.full((1, 4), 10**6)}, copied / "io.safetensors")
+    with pytest.raises(UserError, match="cannot run on the inputs"):
+        replay(copied, tmp_path / "out.safetensors")
+
+
+def test_outputs_that_cannot_be_written_are_refused_beforehand(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be made"):
+        replay(GOLDEN / "step1_small", tmp_path / "file" / "out.safetensors")
+    with pytest.raises(UserError, match="is a folder"):
+        replay(GOLDEN / "step1_small", tmp_path)

@@ -5,11 +5,7 @@ with a recording is a UserError that says what, where and what to do. Knows noth
 no torch.
 """
 
-import contextlib
-import errno
 import io
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +15,7 @@ import numpy.typing as npt
 import soundfile
 
 from shared.errors import UserError
+from shared.files import write_atomically
 
 MAX_DURATION_S = 120.0
 MIN_DURATION_S = 0.1
@@ -123,33 +120,6 @@ def write_audio(waveform: Waveform, target: Path | None, fmt: str = "wav") -> by
         return buffer.getvalue()
     write_atomically(target, buffer.getvalue())
     return None
-
-
-def write_atomically(target: Path, data: bytes) -> None:
-    """Writes a file by way of a temporary one beside it: readers see the old file or the whole new one.
-
-    Raises UserError where the disk is full or the place cannot be written; nothing is left behind then.
-    """
-    temporary = ""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except OSError as error:
-        if temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"The disk is full: {len(data)} bytes for {target} could not be written.",
-                            "Free some space or choose another place, then run it again.", "disk_full",
-                            http_status=507) from error  # fmt: skip
-        raise UserError(f"{target} cannot be written ({error.strerror or error}).",
-                        "Check that its folder exists and that you may write there.",
-                        "cannot_write") from error  # fmt: skip
 
 
 def _bytes_of(source: str | Path | bytes | BinaryIO, label: str, max_bytes: int) -> bytes:

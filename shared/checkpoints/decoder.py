@@ -6,7 +6,6 @@ are kept as data and never acted upon. Knows nothing about how the models are ru
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from shared.checkpoints.layout import Checkpoint, InvalidCheckpoint
+from shared.checkpoints.layout import MALFORMED, Checkpoint, InvalidCheckpoint, read_json
 from shared.checkpoints.unfilled import unfilled
 from shared.checkpoints.weights import read_weights
 from shared.models.bigvgan import BigVGAN, BigVGANConfig
@@ -31,7 +30,7 @@ VOCODERS = ("spectral", "bigvgan", "hift")
 SAMPLES_PER_FRAME = 480
 LISTED = 4
 _REFETCH = "Configuration and weights must come from the same release: fetch both again."
-Model = TypeVar("Model", bound=nn.Module)
+Built = TypeVar("Built")
 
 
 class _Reference(str):
@@ -91,7 +90,7 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
     for folder in checkpoint.decoder_dirs:
         settings = folder / "config.json"
         if not (folder / "cosyvoice.yaml").is_file() and settings.is_file():
-            section = json.loads(settings.read_text(encoding="utf-8"))
+            section = read_json(settings)
             if "upsample_rates" in section:
                 return {"bigvgan": section}
     return read_yaml(checkpoint.cosyvoice_yaml)
@@ -135,7 +134,7 @@ def build_vocoder(checkpoint: Checkpoint) -> nn.Module:
         )
     section = config[kind] if kind in config else config["hift"]
     model = _configured(checkpoint, lambda: _BUILD[kind](section))
-    hop = model.hop if isinstance(model, HiFT | BigVGAN) else SAMPLES_PER_FRAME
+    hop = _configured(checkpoint, lambda: model.hop if isinstance(model, HiFT | BigVGAN) else SAMPLES_PER_FRAME)
     if hop != SAMPLES_PER_FRAME:
         raise InvalidCheckpoint(
             f"The {kind} vocoder of {checkpoint.root} makes {hop} samples per mel frame.",
@@ -178,10 +177,10 @@ _BUILD: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {
 }
 
 
-def _configured(checkpoint: Checkpoint, build: Callable[[], Model]) -> Model:
+def _configured(checkpoint: Checkpoint, build: Callable[[], Built]) -> Built:
     try:
         return build()
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    except MALFORMED as error:
         raise InvalidCheckpoint(f"The decoder configuration of {checkpoint.root}: {error}.", _REFETCH) from error
 
 

@@ -6,15 +6,16 @@ are never read); tests/data/golden/README.md names them. Knows nothing about ser
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,11 +23,12 @@ from shared.audio.features import linguistic_features, prompt_mel, speaker_fbank
 from shared.audio.io import read_audio
 from shared.audio.signal import limit_peak, normalize_peak, resample, trim_silence
 from shared.checkpoints.decoder import load_flow, load_vocoder
-from shared.checkpoints.layout import Checkpoint
+from shared.checkpoints.layout import MALFORMED, Checkpoint, InvalidCheckpoint, read_json
 from shared.checkpoints.step1 import load_step1
 from shared.checkpoints.tokenizer import load_linguistic
 from shared.codes import time_align
 from shared.errors import UserError
+from shared.files import check_target, make_folder, write_atomically
 from shared.models.hift import HiFT
 from shared.models.linguistic import nearest
 
@@ -46,13 +48,20 @@ class Replay:
 def replay(folder: Path, out: Path) -> Replay:
     """Run the component found in `folder`, in float32 on the CPU, and write its outputs to the safetensors file `out`.
 
-    Raises UserError where the folder holds no known component or lacks an input.
+    Raises UserError where the folder holds no known component, lacks an input or has one that does not fit, and where
+    `out` cannot be written.
     """
     kind = detect(folder)
-    with torch.inference_mode():
-        outputs = _RUNS[kind](folder)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, out)
+    make_folder(out.parent)
+    check_target(out)
+    try:
+        with torch.inference_mode():
+            outputs = _RUNS[kind](folder)
+    except MALFORMED as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"The {kind} in {folder} cannot run on the inputs of {IO_FILE} ({reason}).",
+                        "tests/data/golden/README.md gives their shapes.", "wrong_input") from error  # fmt: skip
+    write_atomically(out, save({name: tensor.contiguous() for name, tensor in outputs.items()}))
     return Replay(kind, {name: tuple(tensor.shape) for name, tensor in outputs.items()})
 
 
@@ -67,7 +76,7 @@ def detect(folder: Path) -> str:
     if (folder / "config.yaml").is_file() and (folder / "am.mvn").is_file():
         return "linguistic"
     if (folder / "config.json").is_file():
-        return "vocoder" if "upsample_rates" in json.loads((folder / "config.json").read_text()) else "step1"
+        return "vocoder" if "upsample_rates" in read_json(folder / "config.json") else "step1"
     if any(path.name != IO_FILE for path in folder.glob("*.safetensors")):
         return "frontend"
     raise UserError(
@@ -79,14 +88,24 @@ def detect(folder: Path) -> str:
 
 def _inputs(folder: Path, *names: str) -> dict[str, Tensor]:
     """The named tensors of io.safetensors, nothing else."""
+    with _recorded(folder) as file:
+        lacking = sorted(set(names) - set(file.keys()))
+        if lacking:
+            raise UserError(f"{folder / IO_FILE} lacks the inputs {', '.join(lacking)}.", "", "missing_input")
+        return {name: file.get_tensor(name) for name in names}
+
+
+@contextmanager
+def _recorded(folder: Path) -> Iterator[Any]:
+    """The open io.safetensors of a folder. Raises UserError where it is missing or damaged."""
     path = folder / IO_FILE
     if not path.is_file():
         raise UserError(f"{path} does not exist.", "It holds the inputs to run on.", "missing_input")
-    with safe_open(path, framework="pt") as file:
-        lacking = sorted(set(names) - set(file.keys()))
-        if lacking:
-            raise UserError(f"{path} lacks the inputs {', '.join(lacking)}.", "", "missing_input")
-        return {name: file.get_tensor(name) for name in names}
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise InvalidCheckpoint(f"{path} is not a file of tensors ({error}).", "Write it again.") from error
 
 
 def _step1(folder: Path) -> dict[str, Tensor]:
@@ -134,7 +153,7 @@ def _wave(checkpoint: Checkpoint, mel: Tensor) -> dict[str, Tensor]:
 
 def _linguistic(folder: Path) -> dict[str, Tensor]:
     suffix = ".audio_16k"
-    with safe_open(folder / IO_FILE, framework="pt") as file:
+    with _recorded(folder) as file:
         clips = [name.removesuffix(suffix) for name in file.keys() if name.endswith(suffix)]  # noqa: SIM118
     linguistic = load_linguistic(Checkpoint.resolve(folder))
     outputs: dict[str, Tensor] = {}

@@ -5,7 +5,6 @@ Sizes come from the checkpoint's own config.json. Knows nothing about how the mo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Literal
 
@@ -13,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from shared.checkpoints.layout import Checkpoint, InvalidCheckpoint
+from shared.checkpoints.layout import Checkpoint, InvalidCheckpoint, read_json
 from shared.checkpoints.unfilled import unfilled
 from shared.checkpoints.weights import read_headers
 from shared.models.quantize import Int8Linear, quantize_weight
@@ -33,8 +32,8 @@ def load_config(checkpoint: Checkpoint) -> Step1Config:
     """Sizes of the language model. Raises InvalidCheckpoint naming what config.json lacks."""
     path = checkpoint.step1_dir / "config.json"
     try:
-        return Step1Config.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError) as error:
+        return Step1Config.from_dict(read_json(path))
+    except ValueError as error:
         raise InvalidCheckpoint(f"{path}: {error}", "Fetch the file again.") from error
 
 

@@ -31,7 +31,7 @@ from shared.audio.features import (
 )
 from shared.audio.signal import through_pcm16
 from shared.checkpoints.decoder import read_config, read_yaml
-from shared.checkpoints.layout import Checkpoint, InvalidCheckpoint
+from shared.checkpoints.layout import MALFORMED, Checkpoint, InvalidCheckpoint
 from shared.checkpoints.unfilled import unfilled
 from shared.checkpoints.weights import read_weights
 from shared.codes import LINGUISTIC_SIZE, SEMANTIC_RATE_HZ, SEMANTIC_SIZE, Codes
@@ -145,12 +145,12 @@ def load_linguistic(checkpoint: Checkpoint, *, device: str | torch.device = "cpu
     config_file = checkpoint.linguistic_dir / "config.yaml"
     try:
         config = LinguisticConfig.from_published(read_yaml(config_file))
-    except (KeyError, TypeError, ValueError) as error:
+        with unfilled():
+            encoder = LinguisticEncoder(config)
+    except MALFORMED as error:
         raise InvalidCheckpoint(f"{config_file} gives no sizes of an encoder ({error}).", _REFETCH) from error
     weights = read_weights(checkpoint.linguistic_file)
     state = {name.removeprefix("encoder."): tensor for name, tensor in weights.items() if name.startswith("encoder.")}
-    with unfilled():
-        encoder = LinguisticEncoder(config)
     try:
         encoder.load_state_dict(state, assign=True)
     except RuntimeError as error:
@@ -188,7 +188,7 @@ def load_mel_config(checkpoint: Checkpoint) -> MelConfig:
     try:
         document = read_config(checkpoint)["mel_conf"]
         return MelConfig(**{name: type(getattr(MelConfig, name))(document[name]) for name in names})
-    except (KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise InvalidCheckpoint(f"{checkpoint.cosyvoice_yaml} gives no sizes of a mel ({error}).", _REFETCH) from error
 
 

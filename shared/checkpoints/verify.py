@@ -6,7 +6,6 @@ numbers (hashes excepted), so that a release of many gigabytes takes seconds. Sa
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from shared.checkpoints import decoder, manifest, reward
-from shared.checkpoints.layout import Checkpoint, InvalidCheckpoint
+from shared.checkpoints.layout import MALFORMED, Checkpoint, InvalidCheckpoint, read_json
 from shared.checkpoints.unfilled import unfilled
 from shared.checkpoints.weights import TensorHeader, read_headers
 from shared.codes import AUDIO_VOCAB, LINGUISTIC_SIZE
@@ -123,7 +122,9 @@ def verify(checkpoint: Checkpoint, *, hashes: bool = True) -> Report:
             component.find("missing", error.component, error.where)
         except UserError as error:
             component.find("wrong", name, str(error))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except OSError as error:
+            component.find("wrong", error.filename or name, f"cannot be read: {error.strerror}")
+        except MALFORMED as error:
             component.find("wrong", f"{name} configuration", f"{type(error).__name__}: {error}")
         components.append(component)
     return Report(checkpoint.root, _name(checkpoint), components)
@@ -168,7 +169,7 @@ def _metadata(checkpoint: Checkpoint, component: ComponentReport) -> None:
 def _step1(checkpoint: Checkpoint, component: ComponentReport) -> None:
     config_file = checkpoint.step1_dir / "config.json"
     component.files = [config_file]
-    config = Step1Config.from_dict(_json(config_file))
+    config = Step1Config.from_dict(read_json(config_file))
     component.files += checkpoint.step1_files
     found: dict[str, TensorHeader] = {}
     places: dict[str, str] = {}
@@ -182,7 +183,7 @@ def _step1(checkpoint: Checkpoint, component: ComponentReport) -> None:
     index = checkpoint.step1_dir / "model.safetensors.index.json"
     if index.is_file():
         component.files.append(index)
-        for name, place in _json(index)["weight_map"].items():
+        for name, place in read_json(index)["weight_map"].items():
             if places.get(name, place) != place:
                 component.find("wrong", name, f"the index says {place}, it is in {places[name]}")
 
@@ -191,7 +192,7 @@ def _reward(checkpoint: Checkpoint, component: ComponentReport) -> None:
     folder = reward.reward_folder(checkpoint)
     trunk = Checkpoint(folder)
     component.files = [trunk.step1_dir / "config.json", *trunk.step1_files, folder / reward.HEAD]
-    config = Step1Config.from_dict(_json(component.files[0]))
+    config = Step1Config.from_dict(read_json(component.files[0]))
     found = {name: header for path in trunk.step1_files for name, header in read_headers(path).items()}
     expected = headers_of(lambda: Step1(config))
     if "lm_head.weight" not in found:
@@ -219,7 +220,7 @@ def _text_tokenizer(checkpoint: Checkpoint, component: ComponentReport) -> None:
         component.find("missing", "<audio_0>", "the piece of the first audio token")
     elif last - first != AUDIO_VOCAB - 1:
         component.find("wrong", "audio tokens", f"<audio_0> is {first} and <audio_{AUDIO_VOCAB - 1}> is {last}")
-    vocab_size = int(_json(checkpoint.step1_dir / "config.json")["vocab_size"])
+    vocab_size = int(read_json(checkpoint.step1_dir / "config.json")["vocab_size"])
     if pieces.vocab_size() > vocab_size:
         component.find("wrong", "vocabulary", f"{pieces.vocab_size()} pieces, the language model has {vocab_size} rows")
 
@@ -323,16 +324,6 @@ def _expect_port(
     )
     if found_dtype != dtype or not fits:
         component.find("wrong", f"{kind} '{name}'", f"{found_dtype} {list(found)}, expected {dtype} {list(shape)}")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InvalidCheckpoint(f"{path} is not JSON: {error}.", "Fetch it again.") from error
-    if not isinstance(content, dict):
-        raise InvalidCheckpoint(f"{path} holds no JSON object.", "Fetch it again.")
-    return content
 
 
 def _cmvn_values(path: Path, part: str) -> int:

@@ -29,6 +29,8 @@ from shared.models.step1_attention import (
 
 CPU_CHUNK = 256
 CUDA_CHUNK = 512
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_attention_groups", "num_hidden_layers",
+         "vocab_size", "max_seq_len")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,9 @@ class Step1Config:
     eos_token_id: int = 3
 
     def __post_init__(self) -> None:
+        for name in SIZES:
+            if type(size := getattr(self, name)) is not int or size < 1:
+                raise ValueError(f"{name} is {size!r}; it must be a positive whole number")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads")
         if self.num_attention_heads % self.num_attention_groups:

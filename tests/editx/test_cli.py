@@ -241,7 +241,7 @@ def test_a_full_disk_leaves_no_result_under_its_name(
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("shared.audio.io.os", SimpleNamespace(**{**vars(os), "fsync": full}))
+    monkeypatch.setattr("shared.files.os", SimpleNamespace(**{**vars(os), "fsync": full}))
     out = tmp_path / "out.wav"
     assert run(["edit", str(source), "--denoise", "-o", str(out), "--checkpoint", str(tiny), *FAST]) == 6
     assert "disk is full" in capsys.readouterr().err

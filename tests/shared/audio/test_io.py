@@ -14,7 +14,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.audio.io import Waveform, read_audio, write_atomically, write_audio
+from shared.audio.io import Waveform, read_audio, write_audio
 from shared.errors import UserError
 
 BYTE = st.integers(0, 255)
@@ -178,26 +178,6 @@ def test_unknown_formats_and_impossible_rates_are_refused():
         write_audio(wave, None, "wma")
     with pytest.raises(UserError, match="44100"):
         write_audio(wave, None, "opus")
-
-
-def test_a_full_disk_is_named_and_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    target = tmp_path / "out.wav"
-    target.write_bytes(b"old")
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="disk is full") as caught:
-        write_atomically(target, b"new")
-    assert caught.value.code == "disk_full"
-    assert target.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["out.wav"]
-
-
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
-    with pytest.raises(UserError, match="cannot be written"):
-        write_atomically(tmp_path / "no folder" / "out.wav", b"x")
 
 
 def test_reading_and_writing_need_no_torch():

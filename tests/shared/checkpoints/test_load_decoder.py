@@ -169,6 +169,12 @@ def test_a_vocoder_of_another_frame_rate_is_refused(folder: Path) -> None:
         build_vocoder(rewrite(folder, {"bigvgan": section}))
 
 
+@pytest.mark.parametrize("size", ["istft_hop_len", "base_channels", "upsample_rates"])
+def test_a_vocoder_s_size_that_is_no_number_is_refused(folder: Path, size: str) -> None:
+    with pytest.raises(InvalidCheckpoint, match="decoder configuration"):
+        build_vocoder(rewrite(folder, {"hift": {size: None}}))
+
+
 def test_no_vocoder_and_no_flow_are_said_so(tmp_path: Path) -> None:
     (tmp_path / "cosyvoice.yaml").write_text("mel_conf: {}")
     checkpoint = Checkpoint.resolve(tmp_path)

@@ -92,6 +92,10 @@ def test_a_config_without_a_size_is_named(folder: Path) -> None:
     (folder / "config.json").write_text("{}")
     with pytest.raises(InvalidCheckpoint, match=r"config\.json lacks a size"):
         load(folder)
+    for text in ("{", "[]"):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(InvalidCheckpoint, match=r"config\.json"):
+            load(folder)
 
 
 def test_missing_weights_and_tokenizer_are_named(folder: Path) -> None:

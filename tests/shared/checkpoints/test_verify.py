@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -176,6 +177,31 @@ def test_a_vocabulary_larger_than_the_language_model_is_wrong(root: Path) -> Non
 def test_a_config_without_a_size_names_it(root: Path) -> None:
     (root / EDITX_FOLDER / "config.json").write_text('{"hidden_size": 48}')
     assert "intermediate_size" in findings(check(root))["language model"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_attention_heads", 0), ("num_attention_groups", -2), ("num_hidden_layers", None), ("vocab_size", "x")],
+)
+def test_a_size_that_is_no_positive_number_names_it(root: Path, name: str, value: object) -> None:
+    config = root / EDITX_FOLDER / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {name: value}))
+    assert f"{name} is {value!r}" in findings(check(root))["language model"][0]
+
+
+def test_a_config_that_is_no_object_is_wrong_for_what_reads_it(root: Path) -> None:
+    (root / EDITX_FOLDER / "config.json").write_text("5")
+    found = findings(check(root))
+    assert set(found) >= {"language model", "flow", "vocoder"}
+    assert all("holds no JSON object" in part[0] for part in found.values())
+
+
+def test_a_file_that_cannot_be_read_is_wrong(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: Path, **_: object) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "read_text", closed)
+    assert "cannot be read: Permission denied" in findings(check(root))["language model"][0]
 
 
 def test_centroids_of_another_shape_are_wrong(root: Path) -> None:
