@@ -13,8 +13,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from shared.audio.io import Waveform, read_audio, write_atomically, write_audio
+from shared.audio.io import Waveform, read_audio, write_audio
 from shared.errors import UserError
+from shared.files import make_folder, write_atomically
 
 HOME_VARIABLE = "EDITX_HOME"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -46,7 +47,7 @@ class VoiceBook:
         folder = self._folder(name)
         if folder.exists() and not replace:
             raise UserError(f"There is a voice {name} already.", "Use --replace, or another name.", "voice_exists")
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         voice = Voice(name, text.strip(), round(reference.duration_s, 3), time.time())
         write_audio(reference, folder / "reference.wav", "wav")
         write_atomically(folder / "voice.json", json.dumps(asdict(voice), ensure_ascii=False).encode())

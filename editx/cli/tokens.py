@@ -21,9 +21,10 @@ def tokenize(
     as_json: options.JsonOption = False,
 ) -> int:
     """Write a recording's linguistic and semantic codes, speaker embedding and mel to one file."""
-    from shared.audio.io import write_atomically
+    from shared.files import check_target, write_atomically
 
     target = out or Path(f"{source.stem}.safetensors")
+    check_target(target)
     with open_local(checkpoint, device) as editor:
         tokens = editor.tokenize(source)
     write_atomically(target, tokens.to_bytes())

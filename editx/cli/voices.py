@@ -27,11 +27,11 @@ def add(
     as_json: options.JsonOption = False,
 ) -> None:
     """Store a voice."""
+    from editx.api import sidecar_text
     from editx.voices import VoiceBook
     from shared.audio.io import read_audio
 
-    sidecar = reference.with_suffix(".txt")
-    said = text or (sidecar.read_text(encoding="utf-8") if sidecar.is_file() else "")
+    said = text or sidecar_text(reference) or ""
     voice = VoiceBook().add(name, read_audio(reference), said, replace=replace)
     if as_json:
         typer.echo(json.dumps(asdict(voice), ensure_ascii=False))
