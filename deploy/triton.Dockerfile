@@ -6,8 +6,10 @@ COPY constraints constraints
 COPY shared shared
 COPY services services
 COPY editx editx
+COPY editx_client editx_client
 COPY models models
 RUN pip install --no-cache-dir --break-system-packages --constraint constraints/runtime.txt ".[stack]"
 ENV PYTHONPATH=/app HOME=/tmp HF_HUB_OFFLINE=1
+RUN python3 -m editx models write --to /repository
 USER 1000
-CMD ["tritonserver", "--model-repository=/app/services/tokenizer/triton", "--model-config-name=gpu"]
+CMD ["tritonserver", "--model-repository=/repository", "--model-control-mode=explicit"]

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
 import re
 import subprocess
 import tarfile
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
 
 from editx.stack.prepare import PrepareSettings
 from editx.stack.servers import packages
+from services.gateway.access import Keys
 from services.gateway.metrics import Metrics
 from services.gateway.settings import GatewaySettings
 from services.intake.settings import IntakeSettings
@@ -27,10 +31,13 @@ from shared.schemas.route import LANES, topic_for
 from shared.service import ServiceSettings
 from shared.tallies import TALLIES
 from shared.topology import PARTITIONS, SERVICES, broker_group, group_of
+from shared.wiring import open_store
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 OVERLAYS = ("dev", "prod", "training")
+WORKLOADS = ("Deployment", "Job", "StatefulSet")
+SPEECH_MODELS = {"tokenizer", "llm", "decoder"}
 SETTINGS = {f"EDITX_{name}".upper() for kind in (ServiceSettings, GatewaySettings, IntakeSettings, PrepareSettings)
             for name in kind.model_fields}  # fmt: skip
 SETTINGS |= {f"EDITX_TRAINER_{name}".upper() for name in TrainerSettings.model_fields} | {HOME_VARIABLE}
@@ -79,7 +86,7 @@ def rendered(kubectl: str) -> dict[str, list[dict[str, Any]]]:
 def containers(documents: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     for document in documents:
         template = document.get("spec", {}).get("template")
-        if document["kind"] in ("Deployment", "Job"):
+        if document["kind"] in WORKLOADS:
             for container in template["spec"]["containers"]:
                 yield document, container
 
@@ -158,18 +165,21 @@ def test_pods_are_safe_and_have_time_to_finish(rendered: dict[str, list[dict[str
         for document, container in containers(documents):
             pod = document["spec"]["template"]["spec"]
             assert pod["securityContext"]["runAsNonRoot"]
-            assert container["securityContext"]["readOnlyRootFilesystem"]
+            # Kafka's image writes its configuration into itself when it starts.
+            assert container["securityContext"]["readOnlyRootFilesystem"] == (container["name"] != "kafka")
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
             assert "memory" in container["resources"]["limits"]
-            if document["kind"] == "Deployment" and document["metadata"]["name"] != "gateway":
-                assert pod["terminationGracePeriodSeconds"] > max(drain_s) + 10
+            if document["kind"] != "Job":
                 assert "livenessProbe" in container
+            if container["name"] in {*SERVICES, "intake"}:
+                assert pod["terminationGracePeriodSeconds"] > max(drain_s) + 10
 
 
 def test_gpu_pods_ask_for_a_gpu_and_go_to_its_pool(rendered: dict[str, list[dict[str, Any]]]) -> None:
     for document in of_kind(rendered["prod"], "Deployment"):
         name, pod = document["metadata"]["name"], document["spec"]["template"]["spec"]
         gpus = [one for one in pod["containers"] if "nvidia.com/gpu" in one["resources"]["limits"]]
-        assert len(gpus) == (name in SERVICES), name
+        assert len(gpus) == (name in {*SERVICES, "speech"}), name
         if gpus:
             assert pod["nodeSelector"]["editx.io/pool"]
             assert "nvidia.com/gpu" in {toleration["key"] for toleration in pod["tolerations"]}
@@ -182,6 +192,99 @@ def test_secrets_are_referred_to_and_never_written_down(rendered: dict[str, list
             assert {"EDITX_BUS_URL", "EDITX_STORE_URL", "EDITX_JOBS_URL"} <= {
                 variable["name"] for variable in container["env"] if "secretKeyRef" in variable.get("valueFrom", {})
             }
+
+
+def open_ports(document: dict[str, Any]) -> set[str | int]:
+    ports = [port for container in document["spec"]["template"]["spec"]["containers"]
+             for port in container.get("ports", [])]  # fmt: skip
+    return {port["name"] for port in ports} | {port["containerPort"] for port in ports}
+
+
+def labels_of(document: dict[str, Any]) -> dict[str, str]:
+    labels: dict[str, str] = document["spec"]["template"]["metadata"]["labels"]
+    return labels
+
+
+@pytest.mark.parametrize("overlay", ["dev", "prod"])
+def test_a_service_leads_to_ports_that_its_pods_have(rendered: dict[str, list[dict[str, Any]]], overlay: str) -> None:
+    documents = rendered[overlay]
+    workloads = [document for document in documents if document["kind"] in ("Deployment", "StatefulSet")]
+    for service in of_kind(documents, "Service"):
+        chosen = [one for one in workloads if service["spec"]["selector"].items() <= labels_of(one).items()]
+        assert chosen, service["metadata"]["name"]
+        for port in service["spec"]["ports"]:
+            target = port.get("targetPort", port["port"])
+            assert all(target in open_ports(one) for one in chosen), service["metadata"]["name"]
+
+
+@pytest.mark.parametrize("overlay", ["dev", "prod"])
+def test_gateways_find_a_triton_with_the_models_of_speech(
+    rendered: dict[str, list[dict[str, Any]]], overlay: str
+) -> None:
+    documents = {(one["kind"], one["metadata"]["name"]): one for one in rendered[overlay]}
+    [gateway] = documents["Deployment", "gateway"]["spec"]["template"]["spec"]["containers"]
+    [url] = [variable["value"] for variable in gateway["env"] if variable["name"] == "EDITX_INFERENCE_URL"]
+    host, port = urlsplit(url).hostname, urlsplit(url).port
+    service = documents["Service", host]["spec"]
+    assert port in {one["port"] for one in service["ports"]}
+    for (kind, _), one in documents.items():
+        if kind == "Deployment" and service["selector"].items() <= labels_of(one).items():
+            [triton] = one["spec"]["template"]["spec"]["containers"]
+            loaded = {part.partition("=")[2] for part in triton["args"] if part.startswith("--load-model")}
+            assert loaded == SPEECH_MODELS
+
+
+def test_the_trial_overlay_holds_everything_that_its_pods_ask_for(rendered: dict[str, list[dict[str, Any]]]) -> None:
+    documents = rendered["dev"]
+    there = {(one["kind"], one["metadata"]["name"]) for one in documents}
+    asked: set[tuple[str, str]] = set()
+    for document, container in containers(documents):
+        asked |= {("ConfigMap", source["configMapRef"]["name"]) for source in container.get("envFrom", [])}
+        asked |= {("Secret", variable["valueFrom"]["secretKeyRef"]["name"])
+                  for variable in container.get("env", []) if "valueFrom" in variable}  # fmt: skip
+        for volume in document["spec"]["template"]["spec"].get("volumes", []):
+            for kind, key, name in (
+                ("ConfigMap", "configMap", "name"),
+                ("Secret", "secret", "secretName"),
+                ("PersistentVolumeClaim", "persistentVolumeClaim", "claimName"),
+            ):
+                asked |= {(kind, volume[key][name])} if key in volume else set()
+    assert asked <= there
+    [connections] = [one for one in of_kind(documents, "Secret") if "connections" in one["metadata"]["name"]]
+    urls = [base64.b64decode(value).decode() for value in connections["data"].values()]
+    assert {("Service", urlsplit(url).hostname) for url in urls} <= there
+    keys = Keys(GatewaySettings(api_keys_file=ROOT / "k8s/overlays/dev/api-keys.json"))
+    assert keys.principal("editx-dev-only").id == "dev"
+
+
+@pytest.mark.parametrize("overlay", ["dev", "prod"])
+def test_no_pod_takes_calls_that_no_policy_allows(rendered: dict[str, list[dict[str, Any]]], overlay: str) -> None:
+    policies = [one["spec"] for one in of_kind(rendered[overlay], "NetworkPolicy")]
+    for document in rendered[overlay]:
+        if document["kind"] in ("Deployment", "StatefulSet"):
+            chosen = [one["policyTypes"] for one in policies
+                      if one["podSelector"]["matchLabels"].items() <= labels_of(document).items()]  # fmt: skip
+            assert ["Ingress"] in chosen, document["metadata"]["name"]
+            if labels_of(document)["app.kubernetes.io/part-of"] == "editx":
+                assert ["Egress"] in chosen, document["metadata"]["name"]
+
+
+def test_prometheus_finds_everybody_in_containers_and_in_kubernetes(
+    rendered: dict[str, list[dict[str, Any]]],
+) -> None:
+    config = yaml.safe_load((ROOT / "deploy/observability/prometheus.yaml").read_text())
+    jobs = {job["job_name"]: job for job in config["scrape_configs"]}
+    names = {name for job in jobs.values() for by_dns in job.get("dns_sd_configs", []) for name in by_dns["names"]}
+    services = {one["metadata"]["name"]: one["spec"] for one in of_kind(rendered["dev"], "Service")}
+    for name in names:
+        assert services[name]["clusterIP"] == "None"  # every pod by name
+    aliases = {alias for service in COMPOSE["services"].values()
+               for alias in service.get("networks", {}).get("default", {}).get("aliases", [])}  # fmt: skip
+    assert aliases == names
+    [target] = jobs["editx"]["static_configs"][0]["targets"]
+    host, port = target.split(":")
+    assert int(port) in {one["port"] for one in services[host]["ports"]}
+    assert host in COMPOSE["services"]
 
 
 def exported() -> set[str]:
@@ -203,7 +306,7 @@ def test_the_dashboard_and_the_alerts_name_metrics_that_exist_and_show_what_oper
     panels = json.loads((folder / "dashboard.json").read_text())["panels"]
     shown = [target["expr"] for panel in panels for target in panel["targets"]]
     alerts = yaml.safe_load((folder / "alerts.yaml").read_text())
-    told = [rule["expr"] for group in alerts["groups"] for rule in group["rules"]]
+    told = [rule["expr"] for group in alerts["groups"] for rule in group["rules"] if rule["expr"] != "up == 0"]
     named = [set(re.findall(r"\b((?:editx|messaging|nv)_\w+)(?=[\[{)]|$)", one)) for one in (*shown, *told)]
     labels = {"editx_step_kind", "editx_outcome", "messaging_destination_name"}
     assert all(names - labels for names in named)
@@ -224,3 +327,59 @@ def test_model_configurations_are_up_to_date(tmp_path: Path) -> None:
         assert (folder / "config.pbtxt").read_text() == render(spec, "cpu")
         assert (folder / "configs/gpu.pbtxt").read_text() == render(spec, "gpu")
         assert os.path.isfile(folder / "1/model.py")
+
+
+VARIABLE = re.compile(r"\$\{(\w+)(?::([-+?])((?:[^${}]|\$\{[^{}]*\})*))?\}")
+
+
+def filled_in(text: str, environment: dict[str, str]) -> str:
+    """The text with its variables, as Compose fills them in: ${A}, ${A:-default}, ${A:+if set}, ${A:?needed}."""
+
+    def value(match: re.Match[str]) -> str:
+        name, how, other = match.groups()
+        found = environment.get(name, "")
+        if how == "?":
+            assert found, name
+        chosen = (other if found else "") if how == "+" else found or (other if how == "-" else "")
+        return filled_in(chosen, environment)
+
+    return VARIABLE.sub(value, text)
+
+
+def in_containers(service: str, **environment: str) -> dict[str, str]:
+    document = yaml.safe_load(filled_in((ROOT / "docker-compose.yml").read_text(), environment))
+    values: dict[str, str] = document["services"][service]["environment"]
+    return {name: "" if value is None else str(value) for name, value in values.items()}
+
+
+def test_what_can_be_set_for_containers_stands_in_the_example() -> None:
+    used = set(re.findall(r"\$\{(\w+)", (ROOT / "docker-compose.yml").read_text()))
+    told = set(re.findall(r"^#?(\w+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    assert told == used
+
+
+def test_the_variables_of_the_compose_file_make_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in in_containers("gateway", S3_SECRET_KEY="secret").items():
+        monkeypatch.setenv(name, value)
+    plain = GatewaySettings()
+    assert (plain.api_keys_file, plain.webhook_secret, plain.otlp_endpoint) == (None, None, None)
+    assert urlsplit(plain.inference_url).hostname in COMPOSE["services"]
+    url = urlsplit(open_store(plain.store_url).presign_put("uploads/a", expires_s=60))
+    assert url.netloc == "localhost:9000"  # where clients reach the bucket, not where containers do
+    chosen = {"API_KEYS_FILE": "keys.json", "EDITX_WEBHOOK_SECRET": "whsec_c2VjcmV0", "S3_PORT": "9100"}
+    for name, value in in_containers("gateway", S3_SECRET_KEY="secret", **chosen).items():
+        monkeypatch.setenv(name, value)
+    guarded = GatewaySettings()
+    assert guarded.api_keys_file == Path("/run/secrets/api_keys")
+    assert guarded.webhook_secret is not None
+    assert ":9100/" in open_store(guarded.store_url).presign_put("uploads/a", expires_s=60)
+
+
+def test_images_hold_every_package_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["packages"]["find"]["include"]
+    packages = {path.parent.name for pattern in patterns for path in ROOT.glob(f"{pattern}/__init__.py")}
+    packages |= {pattern.rstrip("*") for pattern in patterns}
+    for path in [*ROOT.glob("services/*/Dockerfile"), ROOT / "deploy/triton.Dockerfile"]:
+        copied = set(re.findall(r"^COPY (\w+) \1$", path.read_text(), re.MULTILINE))
+        assert packages <= copied, path
