@@ -13,26 +13,30 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 
 from editx.embedded import Embedded, check_request, warnings_for
 from shared.artifacts import Tokenized
-from shared.audio.io import Waveform, read_audio, write_audio
+from shared.audio.io import Waveform, check_samples, read_audio, write_audio
 from shared.checkpoints.layout import Checkpoint
 from shared.errors import EditxError, PermanentError, TransientError, UserError
+from shared.files import check_target
 from shared.inference.local import ModelFactory
 from shared.inference.port import given
 from shared.schemas import DecodeSettings, Edit, GenerateSettings, Job, JobEvent, JobRequest, JobState
+from shared.schemas.edit import TAGGED, EditType
 from shared.schemas.request import SEED_MAX
+from shared.tags import check_tag
 
 DECODED_RATE_HZ = 24_000
 SUFFIXES = {".wav": "wav", ".flac": "flac", ".mp3": "mp3", ".opus": "opus", ".ogg": "opus"}
 
 Source = str | Path | bytes | BinaryIO | Waveform | tuple[npt.NDArray[np.float32], int]
-"""A recording: a file, its bytes, a binary stream, or samples in -1..1 with their rate in Hz."""
+"""A recording: a file, its bytes, a binary stream, or samples in -1..1, mono or not, and their rate in Hz."""
 
 
 class JobFailed(PermanentError):
@@ -130,7 +134,7 @@ class Editor:
         on_event: Callable[[JobEvent], None] | None = None,
     ) -> Result:
         """Say `text` with the reference's voice; `reference_text` is what the reference says (or its sidecar .txt)."""
-        wanted = Edit(type="clone", target_text=text)
+        wanted = make_edit("clone", target_text=text)
         request = make_request(
             wanted, reference_text or sidecar_text(reference), n_best=n_best, seed=seed, steps=steps,
             temperature=temperature,
@@ -216,24 +220,35 @@ class Editor:
 def edit_of(
     emotion: str | None, style: str | None, speed: str | None, denoise: bool, vad: bool, paralinguistic: str | None
 ) -> Edit:
-    """The one edit that is named. Raises UserError if none or several are."""
-    named = [
-        Edit(type="emotion", detail=emotion) if emotion else None,
-        Edit(type="style", detail=style) if style else None,
-        Edit.model_validate({"type": "speed", "detail": speed}) if speed and speed != "remove" else None,
-        Edit(type="denoise") if denoise else None,
-        Edit(type="vad") if vad else None,
-        Edit(type="paralinguistic", target_text=paralinguistic) if paralinguistic else None,
-    ]
-    edits = [edit for edit in named if edit is not None]
-    if len(edits) != 1:
-        found = ", ".join(edit.type for edit in edits) or "none"
+    """The one edit that is named. Raises UserError if none or several are, or for a tag or text that cannot be used."""
+    wanted: dict[EditType, str | bool | None] = {
+        "emotion": emotion,
+        "style": style,
+        "speed": speed,
+        "denoise": denoise,
+        "vad": vad,
+        "paralinguistic": paralinguistic,
+    }
+    named = [kind for kind, value in wanted.items() if value]
+    if len(named) != 1:
+        found = ", ".join(named) or "none"
         raise UserError(
             f"Exactly one edit is needed, found {found}.",
             "Name one of emotion, style, speed, denoise, vad and paralinguistic; several edits are several runs.",
             "one_edit",
         )
-    return edits[0]
+    [kind] = named
+    if kind in TAGGED:
+        return make_edit(kind, detail=check_tag(kind, str(wanted[kind])))
+    return make_edit(kind, target_text=paralinguistic or None)
+
+
+def make_edit(kind: EditType, *, detail: str | None = None, target_text: str | None = None) -> Edit:
+    """An edit. Raises UserError for a text that is blank or too long, and for what does not belong to this kind."""
+    try:
+        return Edit(type=kind, detail=detail, target_text=target_text)
+    except ValidationError as error:
+        raise UserError(f"The {kind} edit cannot be made: {_reasons(error)}.", "", "invalid_request") from error
 
 
 def make_request(
@@ -263,20 +278,37 @@ def make_request(
             generate=GenerateSettings(temperature=temperature),
             decode=DecodeSettings(steps=steps),
         )
-    except ValueError as error:
-        raise UserError(f"The request does not hold together: {error}", "", "invalid_request") from error
+    except ValidationError as error:
+        raise UserError(f"The request does not hold together: {_reasons(error)}.", "", "invalid_request") from error
     check_request(request)
     return request
 
 
+def _reasons(error: ValidationError) -> str:
+    """What is wrong with which field, in one line."""
+    found = ((".".join(map(str, one["loc"])), one["msg"]) for one in error.errors())
+    return "; ".join(f"{field}: {reason}" if field else reason for field, reason in found)
+
+
 def read_source(source: Source) -> Waveform:
     """The recording of any kind of source. Raises UserError for what is no usable recording."""
-    if isinstance(source, Waveform):
-        return source
     if isinstance(source, tuple):
         samples, rate = source
-        return Waveform(np.asarray(samples, np.float32).reshape(-1), rate)
+        source = Waveform(_mono(np.asarray(samples)), int(rate))
+    if isinstance(source, Waveform):
+        check_samples(source.samples, source.sample_rate_hz, "The recording")
+        return source
     return read_audio(source)
+
+
+def _mono(samples: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Samples (n,), (n, channels) or (channels, n) to float32 (n,). Whole numbers are scaled by their type's range."""
+    if samples.ndim not in (1, 2) or samples.dtype.kind not in "fi":
+        raise UserError(f"The samples are {samples.dtype} {samples.shape}.", "Give floats in -1..1, mono or stereo.",
+                        "audio_unsupported")  # fmt: skip
+    scale = -float(np.iinfo(samples.dtype).min) if samples.dtype.kind == "i" else 1.0
+    mixed = samples.mean(axis=int(np.argmin(samples.shape))) if samples.ndim == 2 else samples
+    return (mixed / scale).astype(np.float32)
 
 
 def sidecar_text(source: Source) -> str | None:
@@ -294,13 +326,23 @@ def sidecar_text(source: Source) -> str | None:
 
 def save_audio(waveform: Waveform, path: Path) -> Path:
     """Write audio in the format that the suffix names; whole or not at all. Raises UserError."""
+    write_audio(waveform, path, _format(path))
+    return path
+
+
+def check_audio_target(path: Path) -> None:
+    """Raise UserError, before any work is done, where `save_audio` could not write."""
+    _format(path)
+    check_target(path)
+
+
+def _format(path: Path) -> str:
     form = SUFFIXES.get(path.suffix.lower())
     if form is None:
         raise UserError(
             f"{path} has no suffix that says its format.", f"Use one of {', '.join(SUFFIXES)}.", "unknown_format"
         )
-    write_audio(waveform, path, form)
-    return path
+    return form
 
 
 def raise_for(job: Job) -> None:
@@ -347,6 +389,7 @@ def edit(
     n_best: int = 1,
     seed: int | None = None,
     steps: int = 10,
+    temperature: float | None = None,
 ) -> Result:
     """Edit a recording with a checkpoint; see Editor.edit.
 
@@ -355,6 +398,7 @@ def edit(
     return load(checkpoint).edit(
         source, text=text, emotion=emotion, style=style, speed=speed, denoise=denoise, vad=vad,
         paralinguistic=paralinguistic, iterations=iterations, n_best=n_best, seed=seed, steps=steps,
+        temperature=temperature,
     )  # fmt: skip
 
 
@@ -367,6 +411,9 @@ def clone(
     n_best: int = 1,
     seed: int | None = None,
     steps: int = 10,
+    temperature: float | None = None,
 ) -> Result:
     """Say a text with a reference's voice; see Editor.clone."""
-    return load(checkpoint).clone(reference, text, reference_text=reference_text, n_best=n_best, seed=seed, steps=steps)
+    return load(checkpoint).clone(
+        reference, text, reference_text=reference_text, n_best=n_best, seed=seed, steps=steps, temperature=temperature
+    )

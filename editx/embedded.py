@@ -197,11 +197,12 @@ def check_request(request: JobRequest, checkpoint: Checkpoint | None = None) -> 
 def warnings_for(checkpoint: Checkpoint, request: JobRequest) -> list[str]:
     """What a user should know before the job runs: the checkpoint was not trained on what is asked for."""
     edit, metadata = request.edit, checkpoint.metadata
-    if edit is None or metadata.trained_on is None or metadata.knows(edit.type, edit.detail):
+    if edit is None or not (untrained := metadata.untrained(edit)):
         return []
     known = getattr(metadata.trained_on, edit.type, ())
     trained = f"It knows {edit.type}: {', '.join(known)}." if known and not isinstance(known, bool) else ""
-    warning = f"The checkpoint {metadata.name} was not trained on {edit}: it may not do what you ask. {trained}"
+    asked = ", ".join(untrained)
+    warning = f"The checkpoint {metadata.name} was not trained on {asked}: it may not do what you ask. {trained}"
     return [warning.rstrip()]
 
 

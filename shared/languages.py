@@ -14,7 +14,7 @@ from collections.abc import Collection
 from shared.errors import UserError
 
 SCRIPTS: dict[str, tuple[str, frozenset[str]]] = {
-    "CJK": ("Chinese characters", frozenset({"zh", "yue", "ja"})),
+    "CJK": ("Chinese characters", frozenset({"zh", "zh-sichuan", "yue", "ja"})),
     "HIRAGANA": ("Japanese", frozenset({"ja"})),
     "KATAKANA": ("Japanese", frozenset({"ja"})),
     "HANGUL": ("Korean", frozenset({"ko"})),
@@ -27,6 +27,9 @@ SCRIPTS: dict[str, tuple[str, frozenset[str]]] = {
     "LATIN": ("Latin letters", frozenset({"en", "de", "fr", "es", "it", "pt", "nl", "pl", "tr", "vi", "id"})),
 }
 """First word of a letter's Unicode name to what people call the script, and languages that are written in it."""
+
+OF_TAGS = {"Sichuanese": "zh-sichuan", "Cantonese": "yue", "Japanese": "ja", "Korean": "ko"}
+"""The published language tags to what a checkpoint's list of languages calls them."""
 
 SHARE = 0.5
 _LISTED = frozenset[str]().union(*(languages for _, languages in SCRIPTS.values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
 import json
@@ -17,7 +18,7 @@ import typer
 from rich.console import Console
 
 from editx.cli import audio, doctor, remote, serve, tokens, trace
-from shared.errors import EditxError
+from shared.errors import EditxError, UserError
 
 EXIT_MISSING = 3
 EXIT_OUTPUT = 6
@@ -101,6 +102,9 @@ def run(arguments: Sequence[str]) -> int:
         app(list(arguments), prog_name="editx")
     except EditxError as error:
         return _tell(error, "--json" in arguments)
+    except OSError as error:
+        logging.getLogger(__name__).debug("stopped by the operating system", exc_info=error)
+        return _tell(_translated(error), "--json" in arguments)
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     except SystemExit as end:
@@ -112,6 +116,14 @@ def run(arguments: Sequence[str]) -> int:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+def _translated(error: OSError) -> UserError:
+    """An error of the operating system that nothing closer to it has explained: a file, a permission, a disk."""
+    where = f"{error.filename}: " if error.filename else ""
+    code = "disk_full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "not_accessible"
+    hint = f"Check that it is there and may be used; {LOG_VARIABLE}=debug shows where it happened."
+    return UserError(f"{where}{error.strerror or error}.", hint, code)
 
 
 def exit_code(error: EditxError) -> int:

@@ -73,13 +73,11 @@ def clone(
     as_json: options.JsonOption = False,
 ) -> int:
     """Say a text with the voice of a reference recording."""
+    from editx.api import make_edit
     from editx.cli import runs
     from editx.voices import VoiceBook
-    from shared.schemas.edit import Edit
 
-    wanted = Edit(type="clone", target_text=text) if text.strip() else None
-    if wanted is None:
-        raise typer.BadParameter("the text to say is blank", param_hint="--text")
+    wanted = make_edit("clone", target_text=text)
     settings = runs.Settings(
         checkpoint, device, seed, n_best, steps, temperature, 1, asr=asr, picture=picture, as_json=as_json
     )

@@ -11,7 +11,9 @@ CheckpointOption = Annotated[
     str, typer.Option("--checkpoint", envvar="EDITX_CHECKPOINT", help="A name (nano) or a directory.")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", envvar="EDITX_DEVICE", help="cpu, cuda or cuda:N.")]
-SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="The same seed gives the same result.")]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", min=0, max=2**31 - 1, help="The same seed gives the same result.")
+]
 NBestOption = Annotated[
     int, typer.Option("--n-best", min=1, max=32, help="Draw this many candidates; the reward model picks one.")
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -17,11 +18,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from editx.api import SUFFIXES, Editor, Result, make_request, read_source, save_audio, sidecar_text
+from editx.api import (
+    SUFFIXES,
+    Editor,
+    Result,
+    check_audio_target,
+    make_request,
+    read_source,
+    save_audio,
+    sidecar_text,
+)
 from editx.cli.remote import open_editor, target
 from editx.remote import RemoteEditor
 from shared.audio.io import Waveform, write_audio
 from shared.errors import EditxError, UserError
+from shared.files import check_target, make_folder
 from shared.schemas import Edit, JobEvent, JobRequest
 
 STDOUT = "-"
@@ -59,9 +70,7 @@ def run_one(
     console = Console(stderr=True)
     if out == STDOUT and settings.as_json:
         raise UserError("Audio and JSON cannot share standard output.", "Give a file with --out.", "stdout_taken")
-    _check_target(out)
-    if settings.picture is not None and not settings.picture.parent.is_dir():
-        raise UserError(f"The folder {settings.picture.parent} does not exist.", "Make it first.", "cannot_write")
+    _check_targets(source, out, settings.picture)
     recording = read_source(source)
     request = settings.request(edit, _text(source, recording, edit, text, settings))
     with open_editor(settings.checkpoint, settings.device) as editor:
@@ -86,18 +95,28 @@ def run_folder(folder: Path, out: str | None, edit: Edit, text: str | None, sett
     if out == STDOUT or (out is not None and Path(out).suffix.lower() in SUFFIXES):
         raise UserError("A batch needs a folder for its results.", "Give one with --out.", "batch_out")
     target = Path(out) if out else folder.with_name(f"{folder.resolve().name}-edited")
-    target.mkdir(parents=True, exist_ok=True)
+    if target.resolve() == folder.resolve():
+        raise UserError(f"The results would overwrite the recordings in {folder}.", "Give another folder with --out.",
+                        "same_place")  # fmt: skip
+    make_folder(target)
     if settings.picture is not None:
-        settings.picture.mkdir(parents=True, exist_ok=True)
+        make_folder(settings.picture)
+    names = _result_names(files)
     reports: list[dict[str, Any]] = []
     began = time.perf_counter()
     with open_editor(settings.checkpoint, settings.device) as editor, _bar(console, settings, count=True) as progress:
         task = progress.add_task(str(edit), total=len(files))
         for path, outcome in _in_flight(editor, files, edit, text, settings):
-            reports.append(_finish(path, outcome, target / f"{path.stem}.wav", edit, settings))
+            reports.append(_finish(path, outcome, target / names[path], edit, settings))
             progress.advance(task)
     _print_summary(reports, target, time.perf_counter() - began, console, settings)
     return EXIT_PARTIAL if any("error" in report for report in reports) else 0
+
+
+def _result_names(files: list[Path]) -> dict[Path, str]:
+    """The results' file names: a.wav for a.mp3, and a.mp3.wav where two files differ in their suffix only."""
+    stems = Counter(path.stem for path in files)
+    return {path: f"{path.stem if stems[path.stem] == 1 else path.name}.wav" for path in files}
 
 
 def _in_flight(
@@ -149,17 +168,14 @@ def _text(source: object, recording: Waveform, edit: Edit, text: str | None, set
     return transcribe(recording)
 
 
-def _check_target(out: str) -> None:
-    """Refuse a target that cannot be written before any work is done."""
-    if out == STDOUT:
-        return
-    path = Path(out)
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(
-            f"{out} has no suffix that says its format.", f"Use one of {', '.join(SUFFIXES)}.", "unknown_format"
-        )
-    if not path.parent.is_dir():
-        raise UserError(f"The folder {path.parent} does not exist.", "Make it first.", "cannot_write")
+def _check_targets(source: object, out: str, picture: Path | None) -> None:
+    """Refuse targets that cannot be written, and one that is the source itself, before any work is done."""
+    if out != STDOUT:
+        check_audio_target(Path(out))
+        if isinstance(source, Path) and Path(out).resolve() == source.resolve():
+            raise UserError(f"The result would overwrite {source}.", "Give another file with --out.", "same_place")
+    if picture is not None and not picture.is_dir():
+        check_target(picture)
 
 
 def _deliver(result: Result, name: str, out: str, edit: Edit, settings: Settings) -> dict[str, Any]:

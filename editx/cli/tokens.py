@@ -59,8 +59,9 @@ def decode(
     as_json: options.JsonOption = False,
 ) -> int:
     """Turn audio tokens back into sound."""
-    from editx.api import save_audio
+    from editx.api import check_audio_target, save_audio
 
+    check_audio_target(out)
     tokens, voice = _read(source), _read(reference) if reference else None
     with open_local(checkpoint, device) as editor:
         audio = editor.decode(tokens, voice, steps=steps, seed=seed or 0)

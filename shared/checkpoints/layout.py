@@ -17,6 +17,9 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared.errors import MissingComponent, UserError
+from shared.languages import OF_TAGS
+from shared.schemas.edit import Edit
+from shared.tags import bracketed_tags, check_text_tags
 
 EDITX_FOLDER = "Step-Audio-EditX"
 TOKENIZER_FOLDER = "Step-Audio-Tokenizer"
@@ -99,6 +102,20 @@ class Metadata(BaseModel):
         if isinstance(learned, bool):
             return learned
         return bool(learned) if detail in (None, "remove") else detail in learned
+
+    def untrained(self, edit: Edit) -> list[str]:
+        """What an edit asks for and this checkpoint was not trained on: the edit itself, or [tags] in its new text."""
+        if self.trained_on is None:
+            return []
+        if not self.knows(edit.type, edit.detail):
+            return [str(edit)]
+        tags = dict.fromkeys(bracketed_tags(check_text_tags(edit.target_text or "")))
+        return [f"[{tag}]" for tag in tags if not self._knows_tag(self.trained_on, tag)]
+
+    def _knows_tag(self, trained_on: TrainedOn, tag: str) -> bool:
+        if (language := OF_TAGS.get(tag)) is not None:
+            return language in trained_on.languages
+        return tag in trained_on.paralinguistic
 
 
 def checkpoints_home() -> Path:

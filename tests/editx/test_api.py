@@ -6,11 +6,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from editx.api import Editor, Result, Source
+from editx.api import Editor, Result, Source, read_source
 from editx.embedded import Embedded
 from shared.audio.io import Waveform, read_audio, write_audio
 from shared.checkpoints.layout import Checkpoint
@@ -61,6 +62,32 @@ def test_samples_bytes_and_files_are_the_same_source(editor: Editor, speech: Wav
     for result in results:
         assert isinstance(result, Result)
         np.testing.assert_array_equal(result.audio.samples, results[0].audio.samples)
+
+
+def test_samples_of_any_form_are_mixed_and_scaled(speech: Waveform) -> None:
+    exact, rate = (speech.samples * 32768).astype(np.int16), speech.sample_rate_hz
+    stereo = np.stack([exact, exact], axis=1)
+    for samples in (exact, stereo, stereo.T, stereo / 32768.0):
+        found = read_source((samples, rate))
+        np.testing.assert_allclose(found.samples, exact / 32768.0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("samples", "told"),
+    [
+        (np.zeros(24_000, np.float32), "silent"),
+        (np.full(24_000, np.nan, np.float32), "no number"),
+        (np.zeros((2, 2, 9), np.float32), "mono or stereo"),
+        (np.zeros(0, np.float32), "lasts 0.000 s"),
+        (np.array(["a"]), "mono or stereo"),
+    ],
+)
+def test_samples_that_are_no_recording_are_refused(samples: Any, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        read_source((samples, 24_000))
+    if samples.ndim == 1 and samples.dtype == np.float32:
+        with pytest.raises(UserError, match=told):
+            read_source(Waveform(samples, 24_000))
 
 
 def test_a_result_tells_its_iterations_seed_and_speed(editor: Editor, speech: Waveform) -> None:

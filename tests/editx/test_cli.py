@@ -131,6 +131,23 @@ def test_a_folder_is_edited_as_a_batch_and_a_bad_file_stops_nothing(
     assert "2 of 2 recordings edited" in capsys.readouterr().err
 
 
+def test_a_batch_loses_no_recording(
+    source: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    speech = read_audio(source)
+    write_audio(speech, folder / "a.wav")
+    write_audio(speech, folder / "a.flac", "flac")
+    arguments = ["edit", str(folder), "--denoise", "--checkpoint", str(tiny), *FAST]
+    assert run([*arguments, "-o", str(folder)]) == 2
+    assert run([*arguments, "-o", str(source)]) == 2
+    assert run([*arguments, "-o", str(source / "below")]) == 6
+    assert "would overwrite" in capsys.readouterr().err
+    assert run([*arguments, "-o", str(tmp_path / "results")]) == 0
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["a.flac.wav", "a.wav.wav"]
+
+
 def test_standard_input_and_output_carry_audio(source: Path, tiny: Path) -> None:
     process = command("edit", "-", "--denoise", "--checkpoint", tiny, *FAST, stdin=subprocess.PIPE)
     stdout, stderr = process.communicate(source.read_bytes(), timeout=120)
@@ -184,6 +201,11 @@ def test_a_recording_that_cannot_be_used_is_refused_by_name(
         (["--emotion", "hapy"], 2, "happy"),
         (["--style", "wisper"], 2, "whisper"),
         (["--speed", "quicker"], 2, "faster"),
+        (["--speed", "remove"], 2, "no known speed tag"),
+        (["--emotion", "x" * 70], 2, "no known emotion tag"),
+        (["--paralinguistic", "word " * 1000], 2, "at most 4096 characters"),
+        (["--paralinguistic", " "], 2, "blank"),
+        (["--emotion", "happy", "--text", "word " * 1000], 2, "text: String should have at most 4096 characters"),
         (["--paralinguistic", "Well [Laufter] yes."], 2, "Laughter"),
         (["--emotion", "happy", "--text", "Привет, как дела?"], 2, "Cyrillic"),
         ([], 2, "one edit"),
@@ -192,6 +214,9 @@ def test_a_recording_that_cannot_be_used_is_refused_by_name(
         (["--denoise", "-o", "nowhere/out.wav"], 6, "does not exist"),
         (["--denoise", "--checkpoint", "nothing-here"], 3, "nothing-here"),
         (["--denoise", "--seed", "-1"], 2, "seed"),
+        (["--denoise", "--seed", str(2**31)], 2, "seed"),
+        (["--denoise", "-o", "in.wav"], 2, "would overwrite"),
+        (["--denoise", "-o", "folder.wav"], 6, "is a folder"),
         (["--denoise", "--json", "-o", "-"], 2, "standard output"),
         (["--denoise", "--device", "cuda:77"], 2, "no device 'cuda:77'"),
         (["--denoise", "--device", "tpu"], 2, "cuda:N"),
@@ -203,6 +228,7 @@ def test_what_cannot_be_done_is_refused_with_a_reason(
     arguments: list[str], code: int, told: str,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.wav").mkdir()
     before = sorted(tmp_path.iterdir())
     assert run(["edit", str(source), "--checkpoint", str(tiny), *arguments]) == code
     captured = capsys.readouterr()
@@ -282,6 +308,8 @@ def test_a_tag_that_the_checkpoint_was_not_trained_on_warns(
     assert "was not trained on emotion happy" in capsys.readouterr().err.replace("\n", " ")
     assert run(["edit", str(source), "--emotion", "sad", *out]) == 0
     assert "was not trained" not in capsys.readouterr().err
+    assert run(["clone", str(source), "--text", "Hi [laugh] there.", *out]) == 0
+    assert "was not trained on [laugh]" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_a_voice_is_stored_cloned_by_name_and_removed(
@@ -300,6 +328,11 @@ def test_a_voice_is_stored_cloned_by_name_and_removed(
     assert out.exists()
     assert run(["voices", "remove", "ann"]) == 0
     assert run(["voices", "remove", "ann"]) == 2
+    source.with_suffix(".txt").write_bytes(b"\xff\xfe")
+    assert run(["voices", "add", "ann", str(source)]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    monkeypatch.setenv("EDITX_HOME", str(out))
+    assert run(["voices", "add", "ann", str(source), "--text", TEXT]) == 6
 
 
 def test_a_file_is_cloned_with_its_text(source: Path, tiny: Path, tmp_path: Path) -> None:
@@ -321,6 +354,10 @@ def test_tokens_are_written_and_decoded_again(
     assert run(["decode", str(tokens), "-o", str(out), "--checkpoint", str(tiny), "--steps", "2"]) == 0
     assert read_audio(out).duration_s == pytest.approx(told["audio_tokens"] / 5 * 0.12, abs=0.1)
     assert run(["decode", str(source), "-o", str(out), "--checkpoint", str(tiny)]) == 2
+    for wrong, code in (("out.txt", 2), ("nowhere/out.wav", 6)):
+        assert run(["decode", str(tokens), "-o", str(tmp_path / wrong), "--checkpoint", "not-looked-for"]) == code
+    nowhere = tmp_path / "nowhere" / "tokens.safetensors"
+    assert run(["tokenize", str(source), "-o", str(nowhere), "--checkpoint", "not-looked-for"]) == 6
 
 
 def test_the_doctor_finds_what_a_checkpoint_lacks(
@@ -333,6 +370,17 @@ def test_the_doctor_finds_what_a_checkpoint_lacks(
     assert run(["doctor", "--checkpoint", str(lacking), "--json"]) == 3
     missing = [finding["what"] for finding in report(capsys)["findings"] if not finding["ok"]]
     assert "language model" in missing
+
+
+def test_what_the_operating_system_refuses_is_a_message(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(path: Path, **_: object) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", closed)
+    assert run(["checkpoint", "info", str(tiny)]) == 2
+    assert "editx.json: Permission denied." in capsys.readouterr().err.replace("\n", "")
 
 
 def test_help_and_usage_errors_have_their_codes() -> None:

@@ -12,9 +12,12 @@ from shared.checkpoints.layout import (
     TOKENIZER_FOLDER,
     Checkpoint,
     InvalidCheckpoint,
+    Metadata,
     MissingCheckpoint,
+    TrainedOn,
 )
 from shared.errors import MissingComponent
+from shared.schemas.edit import Edit
 
 FILES = {
     "step1_dir": (EDITX_FOLDER, "config.json"),
@@ -116,6 +119,23 @@ def test_metadata_says_what_the_checkpoint_was_trained_on(tmp_path: Path) -> Non
     assert metadata.knows("denoise")
     assert not metadata.knows("vad")
     assert metadata.knows("clone")
+
+
+@pytest.mark.parametrize(
+    ("edit", "untrained"),
+    [
+        (Edit(type="emotion", detail="happy"), []),
+        (Edit(type="emotion", detail="fear"), ["emotion fear"]),
+        (Edit(type="paralinguistic", target_text="Well [laughter], yes [cough] and [cough]."), ["[cough]"]),
+        (Edit(type="clone", target_text="[Cantonese] [Laughter] Hello."), ["[Cantonese]"]),
+        (Edit(type="clone", target_text="Hello."), []),
+        (Edit(type="vad"), ["vad"]),
+    ],
+)
+def test_what_an_edit_asks_for_beyond_the_training_is_named(edit: Edit, untrained: list[str]) -> None:
+    trained_on = TrainedOn(emotion=("happy",), paralinguistic=("Laughter",), languages=("en", "zh"))
+    assert Metadata(name="partly", trained_on=trained_on).untrained(edit) == untrained
+    assert Metadata(name="official").untrained(edit) == []
 
 
 def test_a_release_without_metadata_is_taken_to_know_every_published_edit(tmp_path: Path) -> None:
