@@ -28,14 +28,25 @@ def build(
     out: Annotated[Path, typer.Option(help="Folder of data sets.")] = Path("out/datasets"),
     checkpoint: options.CheckpointOption = "nano",
     device: options.DeviceOption = "cpu",
+    teacher_key: Annotated[
+        str, typer.Option(envvar="EDITX_TEACHER_KEY", help="Key of the cloning API, where the description names one.")
+    ] = "",
     as_json: options.JsonOption = False,
 ) -> None:
-    """Build a data set: a version named by its content; the same material gives the same version."""
+    """Build a data set: a version named by its content; the same material gives the same version.
+
+    A build that was killed goes on with the rows that it had made.
+    """
     from services.trainer.core.configs import read_config
+    from services.trainer.core.hashes import tokenizer_hash
     from services.trainer.data.specs import build_spec
+    from shared.checkpoints.layout import Checkpoint
 
     with _tokenizer(checkpoint, device) as tokenize:
-        built = build_spec(read_config(description), description.parent, tokenize)
+        built = build_spec(
+            read_config(description), description.parent, tokenize, key=teacher_key, root=out,
+            coded_by=lambda: tokenizer_hash(Checkpoint.resolve(checkpoint)),
+        )  # fmt: skip
     folder, dataset = built.save(out), built.dataset
     document = {"folder": str(folder), "version": dataset.version, "rows": len(dataset.rows),
                 "refused": [refused.__dict__ for refused in dataset.refused]}  # fmt: skip

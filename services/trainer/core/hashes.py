@@ -1,4 +1,4 @@
-"""What the weights that a run starts from are, in one hash. Knows nothing about checkpoints' layouts."""
+"""What the weights that a run starts from, or that coded a data set, are, in one hash."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from shared.checkpoints import manifest
+from shared.checkpoints.layout import Checkpoint
 
 
 def weights_hash(files: Iterable[Path]) -> str:
@@ -15,3 +16,8 @@ def weights_hash(files: Iterable[Path]) -> str:
     for file in sorted(files):
         digest.update(manifest.sha256(file).encode())
     return digest.hexdigest()
+
+
+def tokenizer_hash(checkpoint: Checkpoint) -> str:
+    """The hash of the weights that turn recordings into codes."""
+    return weights_hash([checkpoint.linguistic_file, checkpoint.centroids_file, checkpoint.semantic_onnx])

@@ -15,11 +15,12 @@ import numpy as np
 from services.trainer.data import degrade
 from services.trainer.data import paralinguistic_sounds as sounds
 from services.trainer.data.manifest import Refused
-from services.trainer.data.rows import Row, Side, hash_audio, reason
+from services.trainer.data.rows import Row, Side, hash_audio
 from services.trainer.data.teachers import Teacher
+from services.trainer.data.work import Work
 from shared.audio.io import Waveform
 from shared.codes import Codes
-from shared.errors import EditxError, UserError
+from shared.errors import UserError
 from shared.inference.port import Inference
 from shared.schemas.edit import Edit
 
@@ -28,6 +29,7 @@ Margin = Callable[[Waveform, Waveform, str], float]
 """Neutral and expressive recording and category -> 1 to 10."""
 
 SPEED_FACTORS = {"faster": 1.25, "slower": 0.8, "more faster": 1.5, "more slower": 0.65}
+AT_ONCE = Work()
 _TAGS = re.compile(r"\s*\[[^\]]+\]\s*")
 
 
@@ -66,24 +68,18 @@ def tokenize_with(inference: Inference) -> Tokenize:
     return tokenize
 
 
-def side(text: str, waveform: Waveform, tokenize: Tokenize) -> Side:
+def side(text: str, waveform: Waveform, tokenize: Tokenize, work: Work) -> Side:
     """A recording as one side of a row. Raises UserError for one that is empty, silent or holds NaN."""
     samples = waveform.samples
     if not len(samples) or not np.isfinite(samples).all() or float(np.abs(samples).max()) < 1e-4:
         raise UserError("the recording is empty, silent or holds values that are no numbers", code="invalid_audio")
-    return Side(text=text, mixed=tokenize(waveform), sha256=hash_audio(samples, waveform.sample_rate_hz))
-
-
-def _guarded(number: int, id: str, make: Callable[[], Row]) -> Row | Refused:
-    try:
-        return make()
-    except (EditxError, ValueError) as error:
-        return Refused(number, id, reason(error))
+    sha256 = hash_audio(samples, waveform.sample_rate_hz)
+    return Side(text=text, mixed=tokenize(waveform), audio=work.audio(waveform, sha256), sha256=sha256)
 
 
 def zero_shot(
     teacher: Teacher, sentences: Sequence[Sentence], speakers: Mapping[str, Sequence[str]], tokenize: Tokenize, *,
-    count: int, seed: int = 0,
+    count: int, seed: int = 0, work: Work = AT_ONCE,
 ) -> Iterator[Row | Refused]:  # fmt: skip
     """Clones: a speaker (of the language) says one sentence as the reference and another as the answer."""
     for number in range(count):
@@ -98,16 +94,18 @@ def zero_shot(
             spoken = [teacher.say(s.text, s.language, speaker, "neutral") for s in (reference, target)]
             return Row(
                 id=f"tts-{seed}-{number:06d}", edit=Edit(type="clone", target_text=target.text),
-                source=side(reference.text, spoken[0], tokenize), target=side(target.text, spoken[1], tokenize),
+                source=side(reference.text, spoken[0], tokenize, work),
+                target=side(target.text, spoken[1], tokenize, work),
                 speaker=speaker, language=target.language, licence=teacher.licence, origin=teacher.name,
             )  # fmt: skip
 
-        yield _guarded(number + 1, f"tts-{seed}-{number:06d}", make)
+        yield work.row(number + 1, f"tts-{seed}-{number:06d}", make)
 
 
 def triplets(
     teacher: Teacher, sentences: Sequence[Sentence], speakers: Mapping[str, Sequence[str]], tokenize: Tokenize,
     margin: Margin | None, *, count: int, seed: int = 0, removal_share: float = 0.15,
+    work: Work = AT_ONCE,
 ) -> Iterator[Row | Refused]:  # fmt: skip
     """Large-margin triplets (text, neutral, expressive): one speaker, one text that fits the manner, two readings.
 
@@ -127,7 +125,7 @@ def triplets(
             neutral = teacher.say(sentence.text, sentence.language, speaker, "neutral")
             expressive = teacher.say(sentence.text, sentence.language, speaker, sentence.manner or "")
             found = margin(neutral, expressive, f"{kind} {detail}") if margin else None
-            sides = [side(sentence.text, neutral, tokenize), side(sentence.text, expressive, tokenize)]
+            sides = [side(sentence.text, neutral, tokenize, work), side(sentence.text, expressive, tokenize, work)]
             source, target = sides[::-1] if turned else sides
             edit = Edit.model_validate({"type": kind, "detail": "remove" if turned else detail})
             return Row(
@@ -135,15 +133,16 @@ def triplets(
                 language=sentence.language, licence=teacher.licence, origin=teacher.name, margin=found,
             )  # fmt: skip
 
-        yield _guarded(number + 1, f"{kind}-{seed}-{number:06d}", make)
+        yield work.row(number + 1, f"{kind}-{seed}-{number:06d}", make)
 
 
 def paralinguistic(
-    tagged: Iterable[Recording | Refused], teacher: Teacher, tokenize: Tokenize
+    tagged: Iterable[Recording | Refused], teacher: Teacher, tokenize: Tokenize, *, work: Work = AT_ONCE
 ) -> Iterator[Row | Refused]:  # fmt: skip
     """Quadruplets from a corpus with [tags] in its texts (NVSpeech's layout): the teacher says the text without them.
 
-    The answer is the corpus's own recording; there is no margin filter. Refused recordings are passed on.
+    The answer is the corpus's own recording, which is also what a cloning teacher hears of the voice where it has no
+    other; there is no margin filter. Refused recordings are passed on.
     """
     for number, recording in enumerate(tagged, start=1):
         if isinstance(recording, Refused):
@@ -154,20 +153,21 @@ def paralinguistic(
             clean = without_tags(recording.text)
             if clean == recording.text.strip():
                 raise UserError("its text holds no [tag]", code="bad_row")
-            spoken = teacher.say(clean, recording.language, recording.speaker, "neutral")
+            spoken = teacher.say(clean, recording.language, recording.speaker, "neutral", reference=recording.waveform)
             return Row(
                 id=f"para-{recording.id}", edit=Edit(type="paralinguistic", target_text=recording.text),
-                source=side(clean, spoken, tokenize), target=side(recording.text, recording.waveform, tokenize),
+                source=side(clean, spoken, tokenize, work),
+                target=side(recording.text, recording.waveform, tokenize, work),
                 speaker=recording.speaker, language=recording.language, licence=recording.licence,
                 origin=f"{recording.origin}+{teacher.name}",
             )  # fmt: skip
 
-        yield _guarded(number, recording.id, make)
+        yield work.row(number, f"para-{recording.id}", make)
 
 
 def made_sounds(
     teacher: Teacher, sentences: Sequence[Sentence], speakers: Mapping[str, Sequence[str]], tokenize: Tokenize, *,
-    count: int, seed: int = 0,
+    count: int, seed: int = 0, work: Work = AT_ONCE,
 ) -> Iterator[Row | Refused]:  # fmt: skip
     """Quadruplets without a tagged corpus: the teacher's sentence, and the same with a made sound between two phrases.
 
@@ -190,12 +190,12 @@ def made_sounds(
             tagged = sounds.tagged_text(words, tag, at, language)
             return Row(
                 id=f"sound-{seed}-{number:06d}", edit=Edit(type="paralinguistic", target_text=tagged),
-                source=side(sentence.text, say(sentence.text, "neutral"), tokenize),
-                target=side(tagged, spoken, tokenize),
+                source=side(sentence.text, say(sentence.text, "neutral"), tokenize, work),
+                target=side(tagged, spoken, tokenize, work),
                 speaker=speaker, language=language, licence=teacher.licence, origin=f"{teacher.name}+made-sounds",
             )  # fmt: skip
 
-        yield _guarded(number + 1, f"sound-{seed}-{number:06d}", make)
+        yield work.row(number + 1, f"sound-{seed}-{number:06d}", make)
 
 
 def without_tags(text: str) -> str:
@@ -205,7 +205,7 @@ def without_tags(text: str) -> str:
 
 def simple_edits(
     recordings: Iterable[Recording | Refused], tokenize: Tokenize, *,
-    kinds: Sequence[str] = ("speed", "denoise", "vad"), seed: int = 0,
+    kinds: Sequence[str] = ("speed", "denoise", "vad"), seed: int = 0, work: Work = AT_ONCE,
 ) -> Iterator[Row | Refused]:  # fmt: skip
     """Speed (tempo changed at the same pitch), denoise (noise and reverb put on) and vad (silences put in, cut out).
 
@@ -221,12 +221,12 @@ def simple_edits(
             def make(recording: Recording = recording, kind: str = kind, rng: np.random.Generator = rng) -> Row:
                 edit, before, after = _simple(kind, recording.waveform, rng)
                 return Row(
-                    id=f"{kind}-{recording.id}", edit=edit, source=side(recording.text, before, tokenize),
-                    target=side(recording.text, after, tokenize), speaker=recording.speaker,
+                    id=f"{kind}-{recording.id}", edit=edit, source=side(recording.text, before, tokenize, work),
+                    target=side(recording.text, after, tokenize, work), speaker=recording.speaker,
                     language=recording.language, licence=recording.licence, origin=recording.origin,
                 )  # fmt: skip
 
-            yield _guarded(place + 1, f"{kind}-{recording.id}", make)
+            yield work.row(place + 1, f"{kind}-{recording.id}", make)
 
 
 def _simple(kind: str, waveform: Waveform, rng: np.random.Generator) -> tuple[Edit, Waveform, Waveform]:

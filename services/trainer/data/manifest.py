@@ -10,21 +10,22 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from services.trainer.data.rows import Row, reason
+from services.trainer.data.rows import Row, Side, reason
 from shared.errors import UserError
 from shared.store.port import ArtifactStore
 
 log = logging.getLogger(__name__)
 
-ROWS, MANIFEST = "rows.jsonl", "manifest.json"
+ROWS, MANIFEST, AUDIO = "rows.jsonl", "manifest.json", "audio"
 OnBad = Literal["skip", "fail"]
 
 
@@ -39,12 +40,13 @@ class Refused:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A set of rows. `version` is the first 16 hex digits of the hash of its rows."""
+    """A set of rows; its recordings lie in `folders`. `version` is the first 16 hex digits of the hash of its rows."""
 
     name: str
     rows: tuple[Row, ...]
     made_by: dict[str, Any] = field(default_factory=dict)
     refused: tuple[Refused, ...] = ()
+    folders: tuple[Path, ...] = field(default=(), compare=False)
 
     @property
     def content_hash(self) -> str:
@@ -68,12 +70,36 @@ class Dataset:
             "refused": [refused.__dict__ for refused in self.refused],
         }  # fmt: skip
 
+    def recording(self, row: Row, side: Side) -> Path:
+        """The recording of one of a row's sides. Raises UserError for a set that does not have it."""
+        path = find_audio(side.audio, self.folders)
+        if path is None:
+            raise UserError(f"The set {self.name} has no recording of row {row.id}.",
+                            "Build it with keep_audio: true in its description.", "recording_missing")  # fmt: skip
+        return path
+
+    def audio_names(self) -> list[str]:
+        """The recordings that belong to the set, as paths in its folder."""
+        sides = (side for row in self.rows for side in (row.source, row.target, row.rejected) if side is not None)
+        return sorted({side.audio for side in sides if side.audio is not None})
+
+    def recordings(self) -> dict[str, Path]:
+        """Those that are there."""
+        found = {name: find_audio(name, self.folders) for name in self.audio_names()}
+        return {name: path for name, path in found.items() if path is not None}
+
     def save(self, root: Path) -> Path:
-        """Write the set below `root`/name/version, whole or not at all; an existing version is left as it is."""
+        """Write the set below `root`/name/version, whole or not at all; an existing version is left as it is.
+
+        Its recordings are copied with it.
+        """
         folder = root / self.name / self.version
         if (folder / MANIFEST).exists():
             return folder
         folder.mkdir(parents=True, exist_ok=True)
+        for name, path in self.recordings().items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
         _write(folder / ROWS, "".join(row.model_dump_json() + "\n" for row in self.rows))
         _write(folder / MANIFEST, json.dumps(self.manifest(), indent=2, ensure_ascii=False) + "\n")
         return folder
@@ -82,14 +108,18 @@ class Dataset:
     def load(cls, folder: Path) -> Dataset:
         """Read a version's folder, or a bare JSONL file of rows. Raises UserError where the content does not match."""
         if folder.is_file():
-            return read_rows(folder, name=folder.stem)
+            return replace(read_rows(folder, name=folder.stem), folders=(folder.parent,))
         if not (folder / MANIFEST).exists():
             raise UserError(f"{folder} is no data set: it has no {MANIFEST}.",
                             "Give a folder that `editx data build` wrote.", "dataset_not_found")  # fmt: skip
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         read = read_rows(folder / ROWS, name=manifest["name"])
         dataset = cls(
-            manifest["name"], read.rows, manifest["made_by"], tuple(Refused(**r) for r in manifest["refused"])
+            manifest["name"],
+            read.rows,
+            manifest["made_by"],
+            tuple(Refused(**r) for r in manifest["refused"]),
+            (folder,),
         )
         if dataset.content_hash != manifest["sha256"]:
             raise UserError(f"{folder}: the rows are not those of the manifest.", "Build or fetch the set again.",
@@ -97,11 +127,18 @@ class Dataset:
         return dataset
 
     def publish(self, store: ArtifactStore) -> str:
-        """Put the set into the object store; its prefix there."""
+        """Put the set with its recordings into the object store; its prefix there. The manifest comes last."""
         prefix = f"datasets/{self.name}/{self.version}"
+        for name, path in self.recordings().items():
+            store.put(f"{prefix}/{name}", path.read_bytes(), content_type="audio/flac")
         store.put(f"{prefix}/{ROWS}", "".join(row.model_dump_json() + "\n" for row in self.rows).encode())
         store.put(f"{prefix}/{MANIFEST}", json.dumps(self.manifest(), ensure_ascii=False).encode())
         return prefix
+
+
+def find_audio(name: str | None, folders: Sequence[Path]) -> Path | None:
+    """The file of a recording that a row names, in the first folder that has it."""
+    return next((folder / name for folder in folders if (folder / name).is_file()), None) if name else None
 
 
 def fetch(store: ArtifactStore, prefix: str, root: Path) -> Dataset:
@@ -110,7 +147,11 @@ def fetch(store: ArtifactStore, prefix: str, root: Path) -> Dataset:
     folder.mkdir(parents=True, exist_ok=True)
     for name in (ROWS, MANIFEST):
         _write(folder / name, store.get(f"{prefix}/{name}").decode())
-    return Dataset.load(folder)
+    found = Dataset.load(folder)
+    for name in found.audio_names():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(store.get(f"{prefix}/{name}"))
+    return found
 
 
 def read_rows(path: Path, *, name: str, on_bad: OnBad = "fail") -> Dataset:
@@ -161,7 +202,7 @@ def collect(
 
 def _refuse(refused: list[Refused], row: Refused, on_bad: OnBad) -> None:
     if on_bad == "fail":
-        raise UserError(f"Row {row.row} ({row.id or 'no id'}): {row.reason}.",
+        raise UserError(f"Row {row.row} ({row.id or 'no id'}): {row.reason.removesuffix('.')}.",
                         "Mend it, or leave bad rows out: on_bad: skip in the description.", "bad_row")  # fmt: skip
     refused.append(row)
 

@@ -33,7 +33,6 @@ class Candidate(BaseModel):
     id: str
     prompt: str
     mixed: MixedCodes
-    audio: str | None = None
 
 
 class Rating(BaseModel):
@@ -155,7 +154,7 @@ def make_pairs(
 def pair_of(prompt: Row, better: Candidate, worse: Candidate, gap: float, rated_by: str) -> Row:
     """A prompt's row with a chosen and a rejected answer, `gap` apart."""
     text = prompt.target.text
-    chosen, rejected = (Side(text=text, mixed=one.mixed, audio=one.audio) for one in (better, worse))
+    chosen, rejected = (Side(text=text, mixed=one.mixed) for one in (better, worse))
     update = {"id": f"{better.id}--{worse.id}", "target": chosen, "rejected": rejected, "margin": gap,
               "rated_by": rated_by}  # fmt: skip
     return prompt.model_copy(update=update)

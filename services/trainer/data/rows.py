@@ -10,6 +10,7 @@ import base64
 import hashlib
 import math
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -61,11 +62,18 @@ class Side(BaseModel):
 
     text: str = Field(min_length=1)
     mixed: MixedCodes
-    audio: str | None = Field(default=None, description="Path or artifact key of the recording.")
+    audio: str | None = Field(default=None, description="The recording in the folder of its set, if it was kept.")
     sha256: str = Field(
         default_factory=lambda known: hash_codes(known["mixed"]) if "mixed" in known else "",
         description="Of the recording's samples (`hash_audio`), or of the tokens where it was not there.",
     )
+
+    @field_validator("audio")
+    @classmethod
+    def _in_its_folder(cls, audio: str | None) -> str | None:
+        if audio is not None and (PurePosixPath(audio).is_absolute() or ".." in PurePosixPath(audio).parts):
+            raise ValueError("a recording lies in the folder of its set")
+        return audio
 
     @field_validator("text")
     @classmethod

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,7 +21,7 @@ from services.trainer.core.plots import draw_histograms
 from services.trainer.core.runs import write_json
 from services.trainer.data import build
 from services.trainer.data.checks import check_leaks, read_held_out
-from services.trainer.data.manifest import Dataset, Refused, collect, read_rows
+from services.trainer.data.manifest import ROWS, Dataset, OnBad, Refused, collect, find_audio, read_rows
 from services.trainer.data.margin import (
     LOWEST_THRESHOLD,
     Filtered,
@@ -39,14 +40,43 @@ from services.trainer.data.preferences import (
     scores_of,
 )
 from services.trainer.data.rated_pairs import margin_of
-from services.trainer.data.records import numbered_lines
+from services.trainer.data.records import bad_line, checked, numbered_lines, records
 from services.trainer.data.rows import Row, reason
-from services.trainer.data.teachers import RecipeTeacher, Teacher
-from shared.audio.io import read_audio
+from services.trainer.data.teachers import CloneApi, HttpTeacher, RecipeTeacher, Teacher
+from services.trainer.data.work import KeptWork, Work
+from shared.audio.io import Waveform, read_audio
+from shared.checkpoints.manifest import sha256
 from shared.errors import EditxError, UserError
 from shared.tags import check_tag
 
+BUILDING = ".building"
+"""Where the rows of a build that is not done lie, beside the versions of its set."""
 Kind = Literal["rows", "tts", "triplets", "paralinguistic", "sounds", "simple", "preferences"]
+
+
+class TeacherSpec(BaseModel):
+    """A cloning API that speaks the data instead of the recipes' teacher; its key is no part of a description.
+
+    `references` is JSONL of speaker, audio and, unless neutral, manner. Without it every speaker needs a recording of
+    the corpus itself, which only sets of kind paralinguistic have.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: str = Field(pattern=r"^https?://")
+    licence: str = Field(min_length=1, description="Of what the API speaks.")
+    references: Path | None = None
+    timeout_s: float = Field(default=60.0, gt=0)
+
+
+class Reference(BaseModel):
+    """A recording of a speaker in a manner."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    speaker: str = Field(min_length=1)
+    audio: Path
+    manner: str = "neutral"
 
 
 class Spec(BaseModel):
@@ -58,10 +88,14 @@ class Spec(BaseModel):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     texts: Path | None = None
     recordings: Path | None = None
-    rows: Path | None = Field(default=None, description="Rows to import, or the prompts of preferences.")
+    rows: list[Path] = Field(
+        default_factory=list, description="Sets or JSONL to put together, or the prompts of preferences."
+    )
     candidates: Path | None = None
     ratings: list[Path] = Field(default_factory=list)
     speakers: dict[str, list[str]] = Field(default_factory=dict, description="Language to the teacher's speakers.")
+    teacher: TeacherSpec | None = Field(default=None, description="None: the recipes' teacher.")
+    keep_audio: bool = Field(default=False, description="Keep the recordings with the set, to listen to and judge.")
     count: int = Field(default=100, ge=1)
     seed: int = 0
     margin_scorer: Path | None = Field(default=None, description="What `editx data fit-margins` wrote, for triplets.")
@@ -82,6 +116,11 @@ class Spec(BaseModel):
     lowest_rate_hz: int = Field(default=16_000, description="Recordings of a lower rate are bad rows.")
     on_bad: Literal["skip", "fail"] = "fail"
 
+    @field_validator("rows", mode="before")
+    @classmethod
+    def _one_or_several(cls, rows: object) -> object:
+        return rows if isinstance(rows, list) else [rows]
+
     @field_validator("thresholds")
     @classmethod
     def _of_categories(cls, thresholds: dict[str, float]) -> dict[str, float]:
@@ -93,6 +132,8 @@ class Spec(BaseModel):
     @model_validator(mode="after")
     def _margins_agree(self) -> Self:
         bounded = self.threshold is not None or bool(self.thresholds)
+        if self.keep_audio and self.kind in ("rows", "preferences"):
+            raise ValueError(f"a set of kind {self.kind} keeps the recordings that its rows have: no keep_audio")
         if self.unfiltered and bounded:
             raise ValueError("unfiltered keeps every margin, and a threshold drops some: leave one out")
         if bounded and self.kind not in ("triplets", "rows"):
@@ -118,33 +159,46 @@ class Built:
 
     dataset: Dataset
     filtered: Filtered | None = None
+    work: Work = field(default_factory=Work)
 
     def save(self, root: Path) -> Path:
-        """Write the set below `root`, with margins.json and margins.png (before and after) beside its rows."""
+        """Write the set below `root`, with margins.json and margins.png (before and after) beside its rows.
+
+        What the build kept for going on is removed.
+        """
         folder = self.dataset.save(root)
         if self.filtered is not None:
             sides = {"before": self.filtered.before, "after": self.filtered.after}
             write_json(folder / "margins.json", sides)
             drawn = {name: [m for margins in side.values() for m in margins] for name, side in sides.items()}
             draw_histograms(drawn, folder / "margins.png", f"margins of {self.dataset.name}, before and after")
+        self.work.finish()
         return folder
 
 
 def build_spec(
     document: dict[str, Any], folder: Path, tokenize: Callable[[], build.Tokenize],
-    teacher: Callable[[], Teacher] = RecipeTeacher,
+    teacher: Callable[[], Teacher] = RecipeTeacher, *, key: str = "", root: Path | None = None,
+    coded_by: Callable[[], str] = lambda: "",
 ) -> Built:  # fmt: skip
-    """The data set; models and teacher are made only if the kind needs them. Raises UserError, Leak."""
+    """The data set; models and teacher are made only if the kind needs them. Raises UserError, Leak.
+
+    `key` is the teacher's API key. With `root`, the folder of data sets, a killed build goes on from what it made there
+    before, if neither the description nor its files nor the tokenizer (`coded_by`) have changed.
+    """
     spec = parse_spec(document)
     made_by = spec.model_dump(mode="json", exclude_defaults=True)
-    dataset = collect(spec.name, _rows(spec, folder, tokenize, teacher), made_by=made_by, on_bad=spec.on_bad)
+    speaks = teacher if spec.teacher is None else partial(_http_teacher, spec.teacher, folder, key)
+    work = _work(spec, folder, root, coded_by)
+    rows = _rows(spec, folder, tokenize, speaks, work)
+    dataset = collect(spec.name, rows, made_by=made_by, on_bad=spec.on_bad)
     filtered = None
     if spec.margin_thresholds is not None:
         kept = filtered = keep_large_margins(dataset.rows, spec.margin_thresholds)
         left = {row.id for row in kept.rows}
         weak = [Refused(number, row.id, f"its margin {row.margin:.2f} is under the threshold")
                 for number, row in enumerate(dataset.rows, start=1) if row.id not in left]  # fmt: skip
-        dataset = Dataset(dataset.name, tuple(kept.rows), made_by, (*dataset.refused, *weak))
+        dataset = replace(dataset, rows=tuple(kept.rows), refused=(*dataset.refused, *weak))
     if not dataset.rows:
         why = "nothing was read"
         if dataset.refused:
@@ -152,7 +206,46 @@ def build_spec(
         raise UserError(f"The set {spec.name} has no rows: {why}.", code="invalid_dataset")
     held_out = [read_held_out(folder / path, dataset.rows, tokenize) for path in spec.against]
     check_leaks(dataset.rows, held_out, speakers=not spec.share_speakers)
-    return Built(dataset, filtered)
+    folders = (work.folder,) if isinstance(work, KeptWork) else tuple(path.parent for path in _sets(spec, folder))
+    return Built(replace(dataset, folders=folders), filtered, work)
+
+
+def _sets(spec: Spec, folder: Path) -> list[Path]:
+    """The files of rows that the set is put together from."""
+    if not spec.rows and spec.kind in ("rows", "preferences"):
+        raise UserError("The description lacks rows.", code="invalid_dataset")
+    return [folder / path / ROWS if (folder / path).is_dir() else folder / path for path in spec.rows]
+
+
+def _with_recordings(row: Row, home: Path) -> Row:
+    """A row from elsewhere without the recordings that are not there."""
+    sides = {name: getattr(row, name) for name in ("source", "target", "rejected")}
+    lost = {name: side.model_copy(update={"audio": None}) for name, side in sides.items()
+            if side is not None and side.audio is not None and find_audio(side.audio, [home]) is None}  # fmt: skip
+    return row.model_copy(update=lost) if lost else row
+
+
+def _work(spec: Spec, folder: Path, root: Path | None, coded_by: Callable[[], str]) -> Work:
+    if root is None or spec.kind in ("rows", "preferences"):
+        return Work()
+    files = [spec.texts, spec.recordings, spec.margin_scorer, spec.teacher.references if spec.teacher else None]
+    known = {str(name): sha256(folder / name) for name in files if name is not None and (folder / name).is_file()}
+    made_from = spec.model_dump(mode="json", exclude={"against", "on_bad", "share_speakers"})
+    return KeptWork(root / spec.name / BUILDING, {"spec": made_from, "files": known, "coded_by": coded_by()},
+                    keep_audio=spec.keep_audio)  # fmt: skip
+
+
+def _http_teacher(spec: TeacherSpec, folder: Path, key: str) -> Teacher:
+    references: dict[str, dict[str, Waveform]] = {}
+    if spec.references is not None:
+        path = folder / spec.references
+        for number, line in records(path):
+            one = checked(Reference, line, path, number)
+            try:
+                references.setdefault(one.speaker, {})[one.manner] = read_audio(path.parent / one.audio)
+            except EditxError as error:
+                raise bad_line(path, number, error.message.rstrip(".")) from error
+    return HttpTeacher(CloneApi(spec.url, key, spec.timeout_s), references, spec.licence)
 
 
 def parse_spec(document: dict[str, Any]) -> Spec:
@@ -164,33 +257,40 @@ def parse_spec(document: dict[str, Any]) -> Spec:
 
 
 def _rows(
-    spec: Spec, folder: Path, tokenize: Callable[[], build.Tokenize], teacher: Callable[[], Teacher]
+    spec: Spec, folder: Path, tokenize: Callable[[], build.Tokenize], teacher: Callable[[], Teacher], work: Work
 ) -> Iterable[Row | Refused]:  # fmt: skip
     if spec.kind == "rows":
-        read = read_rows(_path(spec.rows, "rows", folder), name=spec.name, on_bad=spec.on_bad)
-        return [*read.rows, *read.refused]
+        return [row for path in _sets(spec, folder) for row in _imported(path, spec.on_bad)]
     if spec.kind == "preferences":
         return _preferences(spec, folder)
     if spec.kind == "paralinguistic":
-        return build.paralinguistic(_recordings(spec, folder), teacher(), tokenize())
+        return build.paralinguistic(_recordings(spec, folder), teacher(), tokenize(), work=work)
     if spec.kind == "simple":
-        return build.simple_edits(_recordings(spec, folder), tokenize(), seed=spec.seed)
+        return build.simple_edits(_recordings(spec, folder), tokenize(), seed=spec.seed, work=work)
     sentences, refused = _sentences(spec, folder)
     missing = {s.language for s in sentences} - spec.speakers.keys()
     if missing:
         raise UserError(f"The description names no speakers for {', '.join(sorted(missing))}.", code="invalid_dataset")
-    return [*refused] if not sentences else chain(refused, _spoken(spec, folder, sentences, teacher(), tokenize()))
+    if not sentences:
+        return refused
+    return chain(refused, _spoken(spec, folder, sentences, teacher(), tokenize(), work))
+
+
+def _imported(path: Path, on_bad: OnBad) -> list[Row | Refused]:
+    read = read_rows(path, name=path.stem, on_bad=on_bad)
+    return [*(_with_recordings(row, path.parent) for row in read.rows), *read.refused]
 
 
 def _spoken(
-    spec: Spec, folder: Path, sentences: list[build.Sentence], teacher: Teacher, tokenize: build.Tokenize
+    spec: Spec, folder: Path, sentences: list[build.Sentence], teacher: Teacher, tokenize: build.Tokenize, work: Work
 ) -> Iterator[Row | Refused]:  # fmt: skip
-    if spec.kind == "tts":
-        return build.zero_shot(teacher, sentences, spec.speakers, tokenize, count=spec.count, seed=spec.seed)
-    if spec.kind == "sounds":
-        return build.made_sounds(teacher, sentences, spec.speakers, tokenize, count=spec.count, seed=spec.seed)
+    make = {"tts": build.zero_shot, "sounds": build.made_sounds}.get(spec.kind)
+    if make is not None:
+        return make(teacher, sentences, spec.speakers, tokenize, count=spec.count, seed=spec.seed, work=work)
     margin = margin_of(MarginScorer.load(folder / spec.margin_scorer)) if spec.margin_scorer else None
-    return build.triplets(teacher, sentences, spec.speakers, tokenize, margin, count=spec.count, seed=spec.seed)
+    return build.triplets(
+        teacher, sentences, spec.speakers, tokenize, margin, count=spec.count, seed=spec.seed, work=work
+    )
 
 
 def _sentences(spec: Spec, folder: Path) -> tuple[list[build.Sentence], list[Refused]]:
@@ -214,20 +314,21 @@ def _sentence(line: dict[str, Any], needs_manner: bool) -> build.Sentence:
     if manner is not None:
         kind, _, detail = str(manner).partition("/")
         if kind not in ("emotion", "style"):
-            raise UserError(f"the manner {manner!r} is neither emotion/... nor style/...", code="bad_row")
+            raise UserError(f"the manner {manner!r} is neither an emotion/ nor a style/", code="bad_row")
         check_tag(kind, detail)
     return build.Sentence(text, language, manner)
 
 
 def _preferences(spec: Spec, folder: Path) -> list[Row | Refused]:
-    prompts = {row.id: row for row in Dataset.load(_path(spec.rows, "rows", folder)).rows}
+    asked = [row for path in _sets(spec, folder) for row in _imported(path, "fail")]
+    prompts = {row.id: row for row in asked if isinstance(row, Row)}
     path = _path(spec.candidates, "candidates", folder)
     candidates: dict[str, Candidate] = {}
     refused: list[Row | Refused] = []
     for number, line in _lines(path):
         try:
             found = _object(line)
-            one = Candidate.model_validate({k: found[k] for k in ("id", "prompt", "mixed", "audio") if k in found})
+            one = Candidate.model_validate({k: found[k] for k in ("id", "prompt", "mixed") if k in found})
             if one.prompt not in prompts:
                 raise UserError(f"it answers the unknown prompt {one.prompt!r}", code="bad_row")
             if one.id in candidates:

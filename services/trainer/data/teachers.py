@@ -27,8 +27,13 @@ class Teacher(Protocol):
     name: str
     licence: str
 
-    def say(self, text: str, language: str, speaker: str, manner: str) -> Waveform:
-        """The text in the speaker's voice and the manner. Raises UserError for what it cannot say."""
+    def say(
+        self, text: str, language: str, speaker: str, manner: str, *, reference: Waveform | None = None
+    ) -> Waveform:  # fmt: skip
+        """The text in the speaker's voice and the manner. Raises UserError for what it cannot say.
+
+        `reference` is a recording of the speaker, for a teacher that clones and has no other.
+        """
         ...
 
 
@@ -57,7 +62,10 @@ class RecipeTeacher:
         self._voices = {path.stem: {path.stem: 1.0} for path in found.voices.glob("*.bin")} | corpus.mixed_voices()
         self._rate_hz: int = teacher.SAMPLE_RATE_HZ
 
-    def say(self, text: str, language: str, speaker: str, manner: str, strength: float = 1.0) -> Waveform:
+    def say(
+        self, text: str, language: str, speaker: str, manner: str, strength: float = 1.0, *,
+        reference: Waveform | None = None,
+    ) -> Waveform:  # fmt: skip
         """The text in a manner of a strength (`teacher.blend`). May be called from several threads."""
         if speaker not in self._voices or manner not in self._manners:
             raise UserError(f"The teacher knows no speaker {speaker!r} or no manner {manner!r}.", code="bad_row")
@@ -119,7 +127,10 @@ def with_retries(call: Callable[[], tuple[int, bytes]], *, where: str, sleep: Ca
 
 
 class HttpTeacher:
-    """A cloning API. `references` gives a speaker's recording per manner; "neutral" stands in where one is missing."""
+    """A cloning API. `references` gives a speaker's recording per manner; "neutral" stands in where one is missing.
+
+    May be called from several threads.
+    """
 
     name = "http-clone"
 
@@ -130,12 +141,14 @@ class HttpTeacher:
         self.licence = licence
         self._api, self._references, self._post, self._sleep = api, references, post, sleep
 
-    def say(self, text: str, language: str, speaker: str, manner: str) -> Waveform:
+    def say(
+        self, text: str, language: str, speaker: str, manner: str, *, reference: Waveform | None = None
+    ) -> Waveform:  # fmt: skip
         recordings = self._references.get(speaker, {})
-        reference = recordings.get(manner) or recordings.get("neutral")
-        if reference is None:
+        heard = recordings.get(manner) or recordings.get("neutral") or reference
+        if heard is None:
             raise UserError(f"There is no reference recording of the speaker {speaker!r}.", code="bad_row")
-        wav = write_audio(reference, None, "wav") or b""
+        wav = write_audio(heard, None, "wav") or b""
         _, _, detail = manner.partition("/")
         document = {"text": text, "language": language, "instruction": detail or "neutral",
                     "reference": base64.b64encode(wav).decode()}  # fmt: skip
@@ -144,4 +157,4 @@ class HttpTeacher:
         body = with_retries(
             lambda: self._post(api.url, document, headers, api.timeout_s), where=api.url, sleep=self._sleep
         )
-        return read_audio(body)
+        return read_audio(body, name=f"the answer of {api.url}")

@@ -1,11 +1,10 @@
 """PPO: answers are drawn, scored, and the policy is moved towards what scored above the critic's expectation.
 
-Several processes may have different numbers of answers (an odd number of prompts, stale answers dropped): all of them go
-through as many passes as the one with most, since their collective calls must meet; what fills up weighs nothing.
-
 Four models: the actor (trained), the critic (trained), the frozen reference that KL is measured against, and whatever
 scores the answers. Prompts, rollouts and minibatches of a step depend on the seed and the step alone, so a resumed run
-goes on exactly. Knows nothing about audio.
+goes on exactly. Several processes may have different numbers of answers (an odd number of prompts, stale ones dropped):
+all go through as many passes as the one with most, since their collective calls must meet; what fills up weighs
+nothing. Knows nothing about audio.
 """
 
 from __future__ import annotations

@@ -77,16 +77,16 @@ def test_a_bad_recording_is_named_and_skipped_or_fatal(kind: str, change: Any, w
 
 def test_an_unknown_tag_in_a_tagged_text_is_named(folder: Path) -> None:
     write(folder / "recordings.jsonl", [GOOD, GOOD | {"id": "bad", "text": "well [Laughtr] then"}])
-    with pytest.raises(UserError, match=r"Row 2 \(bad\).*Laughtr"):
+    with pytest.raises(UserError, match=r"Row 2 \(para-bad\).*Laughtr"):
         build("paralinguistic", folder, "fail", recordings="recordings.jsonl")
     made = build("paralinguistic", folder, "skip", recordings="recordings.jsonl")
-    assert [(one.row, one.id) for one in made.refused] == [(2, "bad")]
+    assert [(one.row, one.id) for one in made.refused] == [(2, "para-bad")]
 
 
 BAD_TEXTS: dict[str, tuple[Any, str]] = {
     "empty text": ({"text": " "}, "the text is blank"),
     "unknown tag": ({"manner": "emotion/hapy"}, "'hapy' is no known emotion tag"),
-    "unknown kind": ({"manner": "mood/happy"}, "neither emotion/... nor style/..."),
+    "unknown kind": ({"manner": "mood/happy"}, "neither an emotion/ nor a style/"),
     "no manner": ({"manner": None}, "needs the manner that it fits"),
     "no language": ({"language": None}, "it has no 'language'"),
     "no JSON": ("happy", "it is no JSON object"),

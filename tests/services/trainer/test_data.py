@@ -282,7 +282,7 @@ class Voice:
 
     name, licence = "tones", "CC0-1.0"
 
-    def say(self, text, language, speaker, manner):
+    def say(self, text, language, speaker, manner, *, reference=None):
         if "unsayable" in text:
             raise UserError("it cannot be said")
         return Waveform(tone(0.3 + 0.01 * len(text), 220.0 if manner != "neutral" else 140.0), RATE)
