@@ -157,6 +157,11 @@ def log_fields(**fields: object) -> Iterator[None]:
         _log_fields.reset(reset)
 
 
+def current_log_fields() -> dict[str, object]:
+    """What `log_fields` adds here and now, for a call to another process."""
+    return dict(_log_fields.get())
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object per line, with the job's and the trace's ids."""
 

@@ -20,6 +20,7 @@ import torch
 import triton_python_backend_utils as pb  # exists inside the server only
 
 from shared import telemetry
+from shared.errors import EditxError
 from shared.inference.port import InferenceRequest, InferenceUnavailable, Model, RequestCancelled, Tensors
 from shared.inference.wire import CALL, DEVICE, Call, pack_error
 from shared.tallies import passed
@@ -92,16 +93,24 @@ def shim(make: Callable[[str], Model], *, concurrent: bool = False) -> type:
                 return []
             if not concurrent:
                 passed(self.model.name, len(calls))
-            with telemetry.span(f"triton {self.model.name}", {"editx.batch_size": len(calls)}, calls[0].trace):
+            with (
+                telemetry.span(f"triton {self.model.name}", {"editx.batch_size": len(calls)}, calls[0].trace),
+                telemetry.log_fields(**_log_fields(calls)),
+            ):
                 try:
                     return self.model.infer([call.request for call in calls])
                 except Exception as error:
                     if len(calls) == 1:
+                        if not isinstance(error, EditxError):
+                            log.exception("a call failed")
                         return [_passing(error)]
                 return [self._infer([call])[0] for call in calls]  # one bad request must not fail its neighbours
 
         def _stream(self, call: _Call) -> None:
-            with telemetry.span(f"triton {self.model.name} stream", {}, call.trace):
+            with (
+                telemetry.span(f"triton {self.model.name} stream", {}, call.trace),
+                telemetry.log_fields(**_log_fields([call])),
+            ):
                 try:
                     pieces: Iterator[Tensors] = self.model.stream(call.request)  # type: ignore[attr-defined]
                     for piece in pieces:
@@ -109,6 +118,8 @@ def shim(make: Callable[[str], Model], *, concurrent: bool = False) -> type:
                             return call.send(RequestCancelled("The caller went away."))
                         call.send(piece)
                 except Exception as error:
+                    if not isinstance(error, EditxError):
+                        log.exception("a stream failed")
                     call.send(_passing(error))
 
     return TritonPythonModel
@@ -119,7 +130,7 @@ class _Call:
 
     def __init__(self, request: Any, owner: Any) -> None:
         call = Call.unpack(json.loads(request.parameters())[CALL])
-        self.streams, self.trace = call.streams, call.trace
+        self.streams, self.trace, self.log_fields = call.streams, call.trace, call.log_fields
         self._owner = owner
         self._sender = request.get_response_sender() if owner.is_decoupled else None
         asked = self._sender.is_cancelled if self._sender is not None else request.is_cancelled
@@ -152,6 +163,13 @@ class _Call:
         if self._sender is not None:
             self._sender.send(flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
             self._sender = None
+
+
+def _log_fields(calls: Sequence[_Call]) -> dict[str, object]:
+    """What log lines about these calls carry: the fields of one, or the ids of the jobs that share a batch."""
+    if len(calls) == 1:
+        return dict(calls[0].log_fields)
+    return {"job_ids": [call.log_fields["job_id"] for call in calls if "job_id" in call.log_fields]}
 
 
 class _Seldom:

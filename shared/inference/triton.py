@@ -194,8 +194,9 @@ class TritonInference:
         if deadline is not None and deadline <= time.monotonic():
             raise DeadlineExceeded("The deadline passed before the model was asked.")
         trace, left_s = telemetry.inject(), _left(deadline)
+        call = Call(parameters or {}, streams, left_s, priority, trace, telemetry.current_log_fields())
         request = service_pb2.ModelInferRequest(model_name=model, id=f"{model}-{next(self._ids)}")
-        request.parameters[CALL].string_param = Call(parameters or {}, streams, left_s, priority, trace).pack()
+        request.parameters[CALL].string_param = call.pack()
         request.parameters["priority"].uint64_param = level_of(priority)
         request.parameters["triton_enable_empty_final_response"].bool_param = facts.is_decoupled
         if left_s is not None:

@@ -31,17 +31,23 @@ def level_of(priority: int) -> int:
 
 @dataclass(frozen=True)
 class Call:
-    """Everything about a call but its tensors. `left_s` is the time until its deadline."""
+    """Everything about a call but its tensors.
+
+    `left_s` is the time until its deadline, `log_fields` what the caller's log lines carry (job_id).
+    """
 
     parameters: Parameters
     streams: bool = False
     left_s: float | None = None
     priority: int = 0
     trace: Mapping[str, str] = field(default_factory=dict)
+    log_fields: Mapping[str, object] = field(default_factory=dict)
 
     def pack(self) -> str:
         """The call as JSON text."""
-        return json.dumps({**vars(self), "parameters": dict(self.parameters), "trace": dict(self.trace)})
+        return json.dumps(
+            {name: dict(value) if isinstance(value, Mapping) else value for name, value in vars(self).items()}
+        )
 
     @classmethod
     def unpack(cls, text: str) -> Call:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from opentelemetry import context
 
 from editx.stack import process, servers
 from editx.stack.models import PREFIX, SPECS, write_repository
 from editx.stack.process import free_ports
 from editx.stack.stack import Stack
+from shared import telemetry
+from shared.errors import PermanentError
 from shared.inference.port import DeadlineExceeded, InferenceUnavailable, RequestCancelled
 from shared.inference.repository import ModelSpec, Tensor, render
 from shared.inference.triton import TritonInference, connect
@@ -44,6 +48,8 @@ class Slow:
 
     def infer(self, requests):
         time.sleep(0.2)
+        if any(request.inputs["number"] < 0 for request in requests):
+            raise ArithmeticError("no numbers below zero")
         return [{{"number": request.inputs["number"] * self.version}} for request in requests]
 
 TritonPythonModel = shim(lambda device: Slow())
@@ -59,8 +65,14 @@ def version(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def inference(stack: Stack, version: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonInference]:
-    store, folder, port = stack.store(), tmp_path_factory.mktemp("triton"), free_ports(3)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the server has its log."""
+    return tmp_path_factory.mktemp("triton")
+
+
+@pytest.fixture(scope="module")
+def inference(stack: Stack, version: Path, folder: Path) -> Iterator[TritonInference]:
+    store, port = stack.store(), free_ports(3)
     write_repository(stack.urls["EDITX_STORE_URL"])
     store.put(f"{PREFIX}/slow/config.pbtxt", render(SLOW, "cpu").encode())
     store.put(f"{PREFIX}/slow/1/model.py", MODEL.format(version=str(version)).encode())
@@ -144,6 +156,21 @@ def test_a_caller_who_leaves_ends_the_call(inference: TritonInference) -> None:
         assert isinstance(caller.exception(timeout=0.4), RequestCancelled)
         for one in ahead:
             one.result(timeout=10)
+
+
+def test_what_fails_in_a_model_is_in_its_log_with_the_ids_of_job_and_trace(
+    inference: TritonInference, folder: Path
+) -> None:
+    trace_id = "0af7651916cd43dd8448eb211c80319c"
+    traced = context.attach(telemetry.extract({"traceparent": f"00-{trace_id}-b7ad6b7169203331-01"}))
+    try:
+        with telemetry.log_fields(job_id="job_7"), pytest.raises(PermanentError, match="no numbers below zero"):
+            double(inference, -1.0)
+    finally:
+        context.detach(traced)
+    [line] = [json.loads(line) for line in (folder / "log").read_text().splitlines() if '"a call failed"' in line]
+    assert (line["job_id"], line["trace_id"]) == ("job_7", trace_id)
+    assert "ArithmeticError" in line["exception"]
 
 
 def test_a_new_version_goes_live_and_no_call_fails(inference: TritonInference, version: Path) -> None:
