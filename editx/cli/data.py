@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,22 +63,23 @@ def build(
 @app.command()
 def stats(
     dataset: Set,
-    picture: Annotated[Path | None, typer.Option(help="Draw the margins into this PNG.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw them into this PNG.")] = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Hours, speakers, languages, categories, licences and margins."""
-    from services.trainer.core.plots import draw_histograms
-    from services.trainer.data.checks import statistics
+    from services.trainer.core.plots import draw_overview
+    from services.trainer.data.checks import hours_by, margins_of, statistics
     from services.trainer.data.manifest import Dataset
 
     found = Dataset.load(dataset)
     document = statistics(found)
     if picture is not None:
-        margins: dict[str, list[float]] = {}
-        for row in found.rows:
-            if row.margin is not None:
-                margins.setdefault(row.category, []).append(row.margin)
-        draw_histograms(margins, picture, f"margins of {found.name}")
+        bars = {
+            "hours by language": hours_by(found.rows, lambda row: row.language),
+            "hours by speaker": hours_by(found.rows, lambda row: row.speaker),
+            "hours by category": hours_by(found.rows, lambda row: row.category),
+        }
+        draw_overview(bars, {"margins": margins_of(found.rows)}, picture, f"{found.name} {found.version}")
     if as_json:
         typer.echo(json.dumps(document))
         return
@@ -109,6 +111,32 @@ def check(
         held_out = [read_held_out(path, found.rows, tokenize) for path in against]
     check_leaks(found.rows, held_out, speakers=not share_speakers)
     typer.echo(f"{found.name} {found.version}: no leaks into {', '.join(str(path) for path in against)}.")
+
+
+@app.command()
+def publish(
+    dataset: Set,
+    store: Annotated[str, typer.Option(envvar="EDITX_STORE_URL", help="s3://..., s3+http://... or file:///folder.")],
+) -> None:
+    """Put a set with its recordings and their hashes into a store, where training jobs find it; prints its prefix."""
+    from services.trainer.data.manifest import Dataset
+    from shared.wiring import open_store
+
+    typer.echo(Dataset.load(dataset).publish(open_store(store)))
+
+
+@app.command()
+def fetch(
+    prefix: Annotated[str, typer.Argument(help="What `publish` printed: datasets/NAME/VERSION.")],
+    store: Annotated[str, typer.Option(envvar="EDITX_STORE_URL", help="s3://..., s3+http://... or file:///folder.")],
+    out: Annotated[Path, typer.Option(help="Folder of data sets.")] = Path("out/datasets"),
+) -> None:
+    """Bring a published set here, its hashes checked; prints its folder."""
+    from services.trainer.data.manifest import fetch
+    from shared.wiring import open_store
+
+    with tempfile.TemporaryDirectory() as passing:
+        typer.echo(fetch(open_store(store), prefix, Path(passing)).save(out))
 
 
 @app.command("fit-margins")

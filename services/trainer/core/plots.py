@@ -60,6 +60,32 @@ def draw_histograms(groups: Mapping[str, Sequence[float]], target: Path, title: 
     _save(pyplot, figure, target)
 
 
+def draw_overview(
+    bars: Mapping[str, Mapping[str, float]], spreads: Mapping[str, Mapping[str, Sequence[float]]], target: Path,
+    title: str, most: int = 12,
+) -> None:  # fmt: skip
+    """A panel for each title: the largest of its bars, or its distributions."""
+    pyplot = _pyplot()
+    if pyplot is None:
+        return
+    drawn = {name: groups for name, groups in spreads.items() if any(groups.values())}
+    figure, axes = pyplot.subplots(
+        len(bars) + len(drawn), 1, figsize=(7, 2.6 * (len(bars) + len(drawn))), squeeze=False
+    )
+    for axis, (name, values) in zip(axes.flat, bars.items(), strict=False):
+        largest = sorted(values.items(), key=lambda pair: -pair[1])[:most]
+        axis.bar([label for label, _ in largest], [value for _, value in largest])
+        axis.tick_params(axis="x", labelrotation=30, labelsize=7)
+        axis.set_title(f"{name} ({len(largest)} of {len(values)})", fontsize=9)
+    for axis, (name, groups) in zip(list(axes.flat)[len(bars) :], drawn.items(), strict=True):
+        for label, points in groups.items():
+            axis.hist(points, bins=20, alpha=0.55, label=f"{label} ({len(points)})")
+        axis.legend(fontsize=7)
+        axis.set_title(name, fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    _save(pyplot, figure, target)
+
+
 def draw_series(
     series: Mapping[str, Sequence[tuple[float, float, float]]], labels: Sequence[str], target: Path, title: str
 ) -> None:

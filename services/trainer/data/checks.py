@@ -116,19 +116,34 @@ def check_leaks(training: Sequence[Row], held_out: Sequence[HeldOut], *, speaker
                    "Leave these rows out of the training set.")  # fmt: skip
 
 
+def margins_of(rows: Sequence[Row]) -> dict[str, list[float]]:
+    """The margins by category, of the rows that have one."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row.margin is not None:
+            found.setdefault(row.category, []).append(row.margin)
+    return found
+
+
+def hours_by(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, float]:
+    """Hours of the answers, in groups."""
+    found: dict[str, float] = {}
+    for row in rows:
+        found[key(row)] = found.get(key(row), 0.0) + row.target.seconds / 3600
+    return found
+
+
 def statistics(dataset: Dataset) -> dict[str, Any]:
     """Hours, speakers, languages, categories, licences and margins of a set."""
     rows = dataset.rows
-    margins: dict[str, list[float]] = {}
-    for row in rows:
-        if row.margin is not None:
-            margins.setdefault(row.category, []).append(row.margin)
+    margins = margins_of(rows)
     return {
         "name": dataset.name, "version": dataset.version, "rows": len(rows),
         "hours": sum(row.source.seconds + row.target.seconds for row in rows) / 3600,
         "target_hours": sum(row.target.seconds for row in rows) / 3600,
         "speakers": len({row.speaker for row in rows}),
         "languages": dict(Counter(row.language for row in rows)),
+        "hours_by_language": hours_by(rows, lambda row: row.language),
         "categories": dict(Counter(row.category for row in rows)),
         "licences": dict(Counter(row.licence for row in rows)),
         "origins": dict(Counter(row.origin for row in rows)),

@@ -14,7 +14,8 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from itertools import chain
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -25,7 +26,7 @@ from shared.store.port import ArtifactStore
 
 log = logging.getLogger(__name__)
 
-ROWS, MANIFEST, AUDIO = "rows.jsonl", "manifest.json", "audio"
+ROWS, MANIFEST, AUDIO, SUMS = "rows.jsonl", "manifest.json", "audio", "SHA256SUMS"
 OnBad = Literal["skip", "fail"]
 
 
@@ -100,8 +101,8 @@ class Dataset:
         for name, path in self.recordings().items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
-        _write(folder / ROWS, "".join(row.model_dump_json() + "\n" for row in self.rows))
-        _write(folder / MANIFEST, json.dumps(self.manifest(), indent=2, ensure_ascii=False) + "\n")
+        _write(folder / ROWS, "".join(row.model_dump_json() + "\n" for row in self.rows).encode())
+        _write(folder / MANIFEST, (json.dumps(self.manifest(), indent=2, ensure_ascii=False) + "\n").encode())
         return folder
 
     @classmethod
@@ -127,12 +128,15 @@ class Dataset:
         return dataset
 
     def publish(self, store: ArtifactStore) -> str:
-        """Put the set with its recordings into the object store; its prefix there. The manifest comes last."""
-        prefix = f"datasets/{self.name}/{self.version}"
-        for name, path in self.recordings().items():
-            store.put(f"{prefix}/{name}", path.read_bytes(), content_type="audio/flac")
-        store.put(f"{prefix}/{ROWS}", "".join(row.model_dump_json() + "\n" for row in self.rows).encode())
-        store.put(f"{prefix}/{MANIFEST}", json.dumps(self.manifest(), ensure_ascii=False).encode())
+        """Put the set with its recordings into the object store; its prefix there. The hashes of all come last."""
+        prefix, sums = f"datasets/{self.name}/{self.version}", {}
+        rows = "".join(row.model_dump_json() + "\n" for row in self.rows).encode()
+        manifest = json.dumps(self.manifest(), ensure_ascii=False).encode()
+        recordings = ((name, path.read_bytes()) for name, path in self.recordings().items())
+        for name, content in chain(recordings, [(ROWS, rows), (MANIFEST, manifest)]):
+            store.put(f"{prefix}/{name}", content)
+            sums[name] = hashlib.sha256(content).hexdigest()
+        store.put(f"{prefix}/{SUMS}", "".join(f"{sum}  {name}\n" for name, sum in sorted(sums.items())).encode())
         return prefix
 
 
@@ -142,16 +146,20 @@ def find_audio(name: str | None, folders: Sequence[Path]) -> Path | None:
 
 
 def fetch(store: ArtifactStore, prefix: str, root: Path) -> Dataset:
-    """A set out of the object store, through a folder below `root`. Raises ArtifactNotFound, UserError."""
+    """A set out of the object store, through a folder below `root`.
+
+    Raises ArtifactNotFound, and UserError naming a file that is not what was published.
+    """
     folder = root / "fetched" / prefix.replace("/", "-")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (ROWS, MANIFEST):
-        _write(folder / name, store.get(f"{prefix}/{name}").decode())
-    found = Dataset.load(folder)
-    for name in found.audio_names():
+    for line in store.get(f"{prefix}/{SUMS}").decode().splitlines():
+        expected, _, name = line.partition("  ")
+        content = store.get(f"{prefix}/{name}")
+        if hashlib.sha256(content).hexdigest() != expected or ".." in PurePosixPath(name).parts:
+            raise UserError(f"{prefix}/{name} is not the file that was published.", "Publish the set again.",
+                            "dataset_damaged")  # fmt: skip
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(store.get(f"{prefix}/{name}"))
-    return found
+        _write(folder / name, content)
+    return Dataset.load(folder)
 
 
 def read_rows(path: Path, *, name: str, on_bad: OnBad = "fail") -> Dataset:
@@ -214,7 +222,7 @@ def _id_of(line: str) -> str:
         return ""
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content)
     os.replace(partial, path)

@@ -103,7 +103,11 @@ def test_a_changed_set_is_noticed(tmp_path: Path) -> None:
 def test_a_set_travels_through_the_object_store(tmp_path: Path) -> None:
     dataset = collect("set", ROWS)
     store = FolderStore(tmp_path / "store")
-    assert fetch(store, dataset.publish(store), tmp_path).version == dataset.version
+    prefix = dataset.publish(store)
+    assert fetch(store, prefix, tmp_path).version == dataset.version
+    store.put(f"{prefix}/rows.jsonl", store.get(f"{prefix}/rows.jsonl") + b"\n")
+    with pytest.raises(UserError, match=r"rows\.jsonl is not the file that was published"):
+        fetch(store, prefix, tmp_path)
 
 
 def test_leaks_by_speaker_text_and_audio_fail() -> None:

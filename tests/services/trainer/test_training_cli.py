@@ -37,6 +37,13 @@ def test_a_set_is_built_described_and_checked(rows: Path, tmp_path: Path, capsys
     assert run(["data", "stats", built["folder"], "--json", "--picture", str(tmp_path / "m.png")]) == 0
     assert json.loads(capsys.readouterr().out)["margins"]["emotion happy"]["lowest"] == 7.0
     assert (tmp_path / "m.png").exists()
+    store = f"file://{tmp_path / 'store'}"
+    assert run(["data", "publish", built["folder"], "--store", store]) == 0
+    prefix = capsys.readouterr().out.strip()
+    assert prefix == f"datasets/mine/{built['version']}"
+    assert run(["data", "fetch", prefix, "--store", store, "--out", str(tmp_path / "far")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "far" / "mine" / built["version"])
+    assert "datasets/none" in refused(["data", "fetch", "datasets/none/0", "--store", store], capsys)
     bench = collect("bench", [make_row(0)]).save(tmp_path / "sets")
     assert run(["data", "check", built["folder"], "--against", str(bench)]) == 2
     assert "leaks into evaluation sets" in capsys.readouterr().err
