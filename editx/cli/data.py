@@ -139,6 +139,28 @@ def fetch(
         typer.echo(fetch(open_store(store), prefix, Path(passing)).save(out))
 
 
+@app.command("import-sounds")
+def import_sounds(
+    corpus: Annotated[
+        Path, typer.Argument(help="Folder in NVSpeech's layout: metadata.jsonl, or a JSON per recording.")
+    ],
+    licence: Annotated[str, typer.Option(help="Of the corpus, e.g. CC-BY-NC-SA-4.0.")],
+    out: Annotated[Path, typer.Option(help="JSONL to write; a description names it as recordings.")] = Path(
+        "recordings.jsonl"
+    ),
+    language: Annotated[str, typer.Option(help="Where the corpus names none.")] = "zh",
+    origin: Annotated[str, typer.Option(help="What rows are said to come from.")] = "NVSpeech",
+) -> None:
+    """List a corpus whose texts mark sounds, [Laughter] or (Laughter), for a set of kind paralinguistic."""
+    from services.trainer.data.nvspeech import import_recordings
+
+    count, refused = import_recordings(corpus, out, licence=licence, language=language, origin=origin)
+    console = Console(stderr=True)
+    for one in refused:
+        console.print(f"{one.id} left out: {one.reason}", markup=False, highlight=False)
+    console.print(f"{out}: {count} recordings, {len(refused)} left out.", markup=False, highlight=False)
+
+
 @app.command("fit-margins")
 def fit_margins(
     rated: Annotated[
