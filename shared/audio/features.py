@@ -34,6 +34,12 @@ class MelConfig:
     fmin: float = 0.0
     fmax: float = 8000.0
 
+    def __post_init__(self) -> None:
+        if min(self.num_mels, self.hop_size, self.win_size) < 1 or not self.hop_size <= self.win_size <= self.n_fft:
+            raise ValueError(f"num_mels, hop_size, win_size and n_fft must be positive and grow in this order: {self}")
+        if not 0 <= self.fmin < self.fmax <= self.sampling_rate / 2:
+            raise ValueError(f"fmin and fmax must lie in 0..{self.sampling_rate / 2:g}: {self}")
+
 
 def prompt_mel(samples: Tensor, lengths: Tensor | None = None, config: MelConfig | None = None) -> Tensor:
     """Log mel of the reference at 50 frames/s: 24 kHz samples (n,) or (B, n) -> (frames, 80) or (B, frames, 80).

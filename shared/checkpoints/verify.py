@@ -17,6 +17,7 @@ import torch
 
 from shared.checkpoints import decoder, manifest, reward
 from shared.checkpoints.layout import MALFORMED, Checkpoint, InvalidCheckpoint, read_json
+from shared.checkpoints.tokenizer import load_mel_config
 from shared.checkpoints.unfilled import unfilled
 from shared.checkpoints.weights import TensorHeader, read_headers
 from shared.codes import AUDIO_VOCAB, LINGUISTIC_SIZE
@@ -230,6 +231,8 @@ def _flow(checkpoint: Checkpoint, component: ComponentReport) -> None:
     config = FlowConfig.from_dict(decoder.read_config(checkpoint)["flow"])
     component.files.append(checkpoint.flow_file)
     _weigh(component, headers_of(lambda: Flow(config)), read_headers(checkpoint.flow_file))
+    if (bins := load_mel_config(checkpoint).num_mels) != config.output_size:
+        component.find("wrong", "mel_conf num_mels", f"{bins}, the flow makes {config.output_size}")
 
 
 def _vocoder(checkpoint: Checkpoint, component: ComponentReport) -> None:

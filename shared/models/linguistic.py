@@ -42,12 +42,13 @@ class LinguisticConfig:
     look_back: int = 4
 
     def __post_init__(self) -> None:
+        sizes = (self.input_size, self.output_size, self.attention_heads, self.linear_units, self.kernel_size)
+        if min(*sizes, self.num_blocks, self.chunk, self.overlap, self.look_back) < 1:
+            raise ValueError(f"sizes, num_blocks, chunk, overlap and look_back must be positive: {self}")
         if self.output_size % self.attention_heads:
             raise ValueError(f"output_size {self.output_size} is no multiple of attention_heads {self.attention_heads}")
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size {self.kernel_size} must be odd")
-        if min(self.num_blocks, self.chunk, self.overlap, self.look_back) < 1:
-            raise ValueError(f"num_blocks, chunk, overlap and look_back must be positive: {self}")
 
     @classmethod
     def from_published(cls, document: Mapping[str, Any]) -> LinguisticConfig:
@@ -55,6 +56,8 @@ class LinguisticConfig:
         encoder, frontend = document["encoder_conf"], document["frontend_conf"]
         if encoder.get("sanm_shfit", 0) != 0 or not encoder.get("normalize_before", True):
             raise ValueError("only encoders with sanm_shfit 0 and normalize_before true are published")
+        if (int(frontend["lfr_m"]), int(frontend["lfr_n"])) != (7, 6):
+            raise ValueError("only features of seven frames stacked every six are published")
         return cls(
             input_size=int(frontend["n_mels"]) * int(frontend["lfr_m"]),
             output_size=int(encoder["output_size"]),

@@ -53,6 +53,8 @@ class Step1Config:
         for name in SIZES:
             if type(size := getattr(self, name)) is not int or size < 1:
                 raise ValueError(f"{name} is {size!r}; it must be a positive whole number")
+        if not isinstance(self.rms_norm_eps, int | float) or self.rms_norm_eps <= 0:
+            raise ValueError(f"rms_norm_eps is {self.rms_norm_eps!r}; it must be a positive number")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads")
         if self.num_attention_heads % self.num_attention_groups:

@@ -154,9 +154,10 @@ def test_the_mel_is_sized_by_the_decoders_configuration(tmp_path):
     shutil.copy(GOLDEN.parent / "decoder_small" / "cosyvoice.yaml", tmp_path)
     assert load_mel_config(Checkpoint.resolve(tmp_path)) == MelConfig()
     text = (tmp_path / "cosyvoice.yaml").read_text()
-    (tmp_path / "cosyvoice.yaml").write_text(text.replace("hop_size: 480", "hop_size: many"))
-    with pytest.raises(InvalidCheckpoint, match="no sizes of a mel"):
-        load_mel_config(Checkpoint.resolve(tmp_path))
+    for wrong in ("hop_size: many", "hop_size: 0", "hop_size: 4000"):
+        (tmp_path / "cosyvoice.yaml").write_text(text.replace("hop_size: 480", wrong))
+        with pytest.raises(InvalidCheckpoint, match="no sizes of a mel"):
+            load_mel_config(Checkpoint.resolve(tmp_path))
 
 
 def test_rows_are_grouped_by_similar_length():

@@ -181,7 +181,13 @@ def test_a_config_without_a_size_names_it(root: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("num_attention_heads", 0), ("num_attention_groups", -2), ("num_hidden_layers", None), ("vocab_size", "x")],
+    [
+        ("num_attention_heads", 0),
+        ("num_attention_groups", -2),
+        ("num_hidden_layers", None),
+        ("vocab_size", "x"),
+        ("rms_norm_eps", -1),
+    ],
 )
 def test_a_size_that_is_no_positive_number_names_it(root: Path, name: str, value: object) -> None:
     config = root / EDITX_FOLDER / "config.json"
@@ -202,6 +208,23 @@ def test_a_file_that_cannot_be_read_is_wrong(root: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Path, "read_text", closed)
     assert "cannot be read: Permission denied" in findings(check(root))["language model"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "component"),
+    [
+        (f"{DECODER}/cosyvoice.yaml", "num_mels: 80", "num_mels: 40", "flow"),
+        (f"{DECODER}/cosyvoice.yaml", "n_fft: 1920", "n_fft: 0", "flow"),
+        (f"{LINGUISTIC}/config.yaml", "lfr_n: 6", "lfr_n: 4", "linguistic encoder"),
+    ],
+)
+def test_settings_that_the_front_end_cannot_follow_are_wrong(
+    root: Path, name: str, old: str, new: str, component: str
+) -> None:
+    text = (root / name).read_text()
+    assert old in text
+    (root / name).write_text(text.replace(old, new))
+    assert component in findings(check(root))
 
 
 def test_centroids_of_another_shape_are_wrong(root: Path) -> None:

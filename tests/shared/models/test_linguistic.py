@@ -73,7 +73,9 @@ def test_no_frames_give_no_states(encoder):
     assert encoder(torch.zeros(2, 0, 560)).shape == (2, 0, 64)
 
 
-@pytest.mark.parametrize("wrong", [{"attention_heads": 3}, {"kernel_size": 4}, {"num_blocks": 0}, {"overlap": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"attention_heads": 3}, {"kernel_size": 4}, {"num_blocks": 0}, {"overlap": 0}, {"attention_heads": -4}]
+)
 def test_sizes_that_cannot_work_are_refused(wrong):
     with pytest.raises(ValueError):
         LinguisticConfig(**wrong)
