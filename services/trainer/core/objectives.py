@@ -173,16 +173,22 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     return 1 - left / whole.clamp(min=1e-8)
 
 
+def rivals(offset: int, eos: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids that decoding lets compete for a place: linguistic codes with the end (1025,), semantic codes (4096,)."""
+    codes = torch.arange(offset, offset + AUDIO_VOCAB, device=device)
+    end = torch.tensor([eos], device=device)
+    return torch.cat([codes[:LINGUISTIC_SIZE], end]), codes[LINGUISTIC_SIZE:]
+
+
 def grammar_only(logits: Tensor, wanted: Tensor, offset: int, eos: int) -> Tensor:
     """Logits (n, V) with what decoding cannot put in a token's place at -inf, by the ids wanted there (n,).
 
-    Linguistic codes compete with each other and with the end, semantic codes with each other, text with everything.
+    Codes compete with their `rivals`, text with everything.
     """
-    ids = torch.arange(logits.shape[-1], device=logits.device)
-    linguistic = ((ids >= offset) & (ids < offset + LINGUISTIC_SIZE)) | (ids == eos)
-    semantic = (ids >= offset + LINGUISTIC_SIZE) & (ids < offset + AUDIO_VOCAB)
-    allowed = torch.stack([torch.ones_like(linguistic), linguistic, semantic])
-    kind = linguistic[wanted].long() + 2 * semantic[wanted].long()
+    linguistic, semantic = rivals(offset, eos, logits.device)
+    allowed = torch.zeros(3, logits.shape[-1], dtype=torch.bool, device=logits.device)
+    allowed[0], allowed[1, linguistic], allowed[2, semantic] = True, True, True
+    kind = allowed[1, wanted].long() + 2 * allowed[2, wanted].long()
     return logits.masked_fill(~allowed[kind], -torch.inf)
 
 

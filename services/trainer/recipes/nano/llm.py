@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from services.trainer.core.batches import replaced
+from services.trainer.core.objectives import rivals
 from services.trainer.recipes.nano import (
     alignment,
     assets,
@@ -38,7 +39,7 @@ from services.trainer.recipes.nano import (
 )
 from services.trainer.recipes.nano.codes import VARIANTS, Coded, Item
 from services.trainer.recipes.nano.run import Optimizer, Run, cosine, count_parameters, pick_device, set_lr
-from shared.codes import GROUP, LINGUISTIC_SIZE, SEMANTIC_SIZE, interleave
+from shared.codes import GROUP, LINGUISTIC_SIZE, interleave
 from shared.models.step1 import Step1, Step1Config
 from shared.models.step1_attention import Attend
 from shared.prompts import TextTokenizer, Turn, assistant_turn, clone_turns, edit_turns
@@ -422,7 +423,7 @@ class Choice(NamedTuple):
 def choices(ids: Tensor, before: Tensor, offset: int, eos: int) -> dict[str, Choice]:
     """Splits tokens (n,), each with the token before it, by what decoding would let stand in their place.
 
-    Linguistic codes compete with each other and with the end, semantic codes with each other, text with text.
+    Codes compete with their `rivals`, text with text.
     """
     code = ids - offset
     is_end = (ids == eos) & (before >= offset)
@@ -431,13 +432,8 @@ def choices(ids: Tensor, before: Tensor, offset: int, eos: int) -> dict[str, Cho
         "semantic": code >= LINGUISTIC_SIZE,
         "text": (code < 0) & ~is_end,
     }
-    end = torch.tensor([eos], device=ids.device)
-    first, codes = offset + LINGUISTIC_SIZE, torch.arange(SEMANTIC_SIZE, device=ids.device)
-    rows = {
-        "linguistic": torch.cat([offset + codes[:LINGUISTIC_SIZE], end]),
-        "semantic": first + codes,
-        "text": torch.arange(offset, device=ids.device),
-    }
+    linguistic, semantic = rivals(offset, eos, ids.device)
+    rows = {"linguistic": linguistic, "semantic": semantic, "text": torch.arange(offset, device=ids.device)}
     right = {
         "linguistic": torch.where(is_end, LINGUISTIC_SIZE, code),
         "semantic": code - LINGUISTIC_SIZE,
