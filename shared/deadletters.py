@@ -37,7 +37,7 @@ class DeadLetter:
 
     @property
     def headers(self) -> dict[str, str]:
-        """The record's headers: x-editx-code, -reason and -origin, job-id, attempt, traceparent."""
+        """The record's headers: x-editx-code, -reason, -origin and -cut, job-id, attempt, traceparent."""
         return {name: value.decode("utf-8", "replace") for name, value in self.delivery.headers}
 
     def document(self) -> dict[str, Any]:
@@ -77,6 +77,9 @@ def replay(letter: DeadLetter, bus: Bus, jobs: JobStore) -> Job | None:
     A letter that is replayed twice makes one job. Raises JobNotFound when the job has expired.
     """
     if letter.delivery.topic == DLQ_UNREADABLE:
+        if "x-editx-cut" in letter.headers:
+            raise UserError(f"{letter.id} was larger than a record may be: it is not here whole.",
+                            "Have its sender send less.")  # fmt: skip
         origin = json.loads(letter.headers.get("x-editx-origin", "{}"))
         if "topic" not in origin:
             raise UserError(f"{letter.id} does not say where it came from.", "Publish its value by hand.")

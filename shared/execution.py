@@ -137,6 +137,7 @@ class Execution:
             partition=delivery.partition.number,
             offset=delivery.offset,
             attempt=message.attempt,
+            system=self._bus.system,
         ):
             return self._process(message)
 
@@ -157,6 +158,7 @@ class Execution:
             return later(wait.until - self._jobs.now())
         except FutureStep:
             return later(LOOK_AGAIN_S)
+        telemetry.attempted(job.attempts)
         self.leased_at = time.monotonic()
         self.held = Held(job.id, job.last_token)
         try:
@@ -224,7 +226,7 @@ class Execution:
         token = job.last_token
         failed = self._persist(job, lambda job, now: machine.fail(job, token, error, now))
         if error.dead_letter:
-            publish_failed(self._bus, self._delivery, error)
+            publish_failed(self._bus, self._delivery, error, self._begun(failed))
         publish_result(self._bus, failed)
         return DONE
 
@@ -233,10 +235,14 @@ class Execution:
         job = self._jobs.get(message.job_id)
         failed_here = job.state == JobState.FAILED and job.step_index == message.step_index
         if failed_here and job.error is not None and job.error.dead_letter:
-            publish_failed(self._bus, self._delivery, job.error)
+            publish_failed(self._bus, self._delivery, job.error, self._begun(job))
         if message.step_index >= job.step_index - 1:
             publish_result(self._bus, job)
         return DONE
+
+    def _begun(self, job: Job) -> int:
+        """How often the job's step was really begun: the attempt that finds it exhausted does not begin it."""
+        return min(job.attempts, self._settings.retry.attempts_max)
 
     def _after_the_step(self, message: BusMessage) -> Verdict:
         """The step is done. If a worker died before the next message was out, it is published now."""

@@ -14,7 +14,7 @@ from collections import deque
 
 from shared import telemetry
 from shared.bus.port import Bus, Delivery, Partition, Subscription
-from shared.errors import EditxError, PoisonError, TransientError
+from shared.errors import EditxError, PermanentError, PoisonError, TransientError
 from shared.jobs import machine
 from shared.jobs.port import Idempotency, IdempotencyConflict, JobStore
 from shared.publishing import publish_rejection, publish_result, publish_step, publish_unreadable
@@ -115,23 +115,38 @@ class Intake:
 
     def _one(self, delivery: Delivery) -> None:
         headers = {name: value.decode("utf-8", "replace") for name, value in delivery.headers if name in TRACE_HEADERS}
-        place = {"group": GROUP, "partition": delivery.partition.number, "offset": delivery.offset}
-        with telemetry.processing(delivery.topic, headers, job_id=delivery.key, attempt=1, **place):  # type: ignore[arg-type]
+        with telemetry.processing(
+            delivery.topic,
+            headers,
+            job_id=delivery.key,
+            group=GROUP,
+            partition=delivery.partition.number,
+            offset=delivery.offset,
+            attempt=1,
+            system=self._bus.system,
+        ):
             try:
-                submission = Submission.from_record(delivery.value)
+                self._answer(Submission.from_record(delivery.value), telemetry.inject() or headers)
             except PoisonError as error:
                 log.error("unreadable submission at %s offset %d: %s", delivery.partition, delivery.offset, error)
                 publish_unreadable(self._bus, delivery, error)
-                return
-            try:
-                job = self.accept(submission, telemetry.inject() or headers)
             except TransientError:
                 raise
-            except EditxError as error:
-                log.warning("the submission %s was rejected: %s", submission.submission_id, error)
-                publish_rejection(self._bus, submission, error)
-            else:
-                log.info("the submission %s is the job %s", submission.submission_id, job.id)
+            except Exception as error:  # nobody foresaw it; the submissions behind this one must not wait for it
+                log.exception("the submission at %s offset %d was not taken", delivery.partition, delivery.offset)
+                publish_unreadable(self._bus, delivery, PermanentError(f"{type(error).__name__}: {error}"))
+
+    def _answer(self, submission: Submission, trace: dict[str, str]) -> None:
+        """Make a job of a submission, or tell its sender why not. Raises TransientError when something is away."""
+        try:
+            job = self.accept(submission, trace)
+        except TransientError:
+            raise
+        except EditxError as error:
+            log.warning("the submission %s was rejected: %s", submission.submission_id, error)
+            publish_rejection(self._bus, submission, error)
+        else:
+            log.info("the submission %s is the job %s", submission.submission_id, job.id)
 
 
 def _published(request: JobRequest) -> JobRequest:

@@ -109,6 +109,11 @@ def processing(
             instruments().processed.record(seconds, {"messaging.destination.name": topic})
 
 
+def attempted(number: int) -> None:
+    """Say on the current span which attempt this is, once that is known: the message tells only of the first."""
+    trace.get_current_span().set_attribute("editx.attempt", number)
+
+
 def failed(error: BaseException, code: str) -> None:
     """Mark the current span as failed."""
     current = trace.get_current_span()

@@ -26,12 +26,20 @@ from kafka.protocol.admin import DescribeGroupsRequest
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from shared.bus.leadership import LeaderWatch
-from shared.bus.port import BusUnavailable, CommitRefused, Delivery, Headers, Moved, Partition
+from shared.bus.port import (
+    BusUnavailable,
+    CommitRefused,
+    Delivery,
+    Headers,
+    ListenerFailed,
+    Moved,
+    Partition,
+    check_size,
+)
 from shared.errors import UserError
 from shared.topology import broker_group
 
 log = logging.getLogger(__name__)
-RECORD_BYTES_MAX = 1_000_000
 JOIN_WAIT_S = 0.5
 POSITION_WAIT_S = 0.05
 NO_HURRY_MS = 250
@@ -66,6 +74,8 @@ def connect(url: str) -> KafkaBus:
 class KafkaBus:
     """A Bus on the brokers `servers` ("host:port"). The producer is made when something is first published."""
 
+    system = "kafka"
+
     def __init__(self, servers: Sequence[str], settings: KafkaSettings | None = None) -> None:
         self._servers = list(servers)
         self._settings = settings or KafkaSettings()
@@ -77,9 +87,7 @@ class KafkaBus:
         self._closed = False
 
     def publish(self, topic: str, key: str, value: bytes, headers: Headers = ()) -> None:
-        if len(value) > RECORD_BYTES_MAX:
-            raise UserError(f"A record of {len(value)} bytes is too large for {topic}.",
-                            f"At most {RECORD_BYTES_MAX} bytes; put the data in the artifact store.")  # fmt: skip
+        check_size(topic, value)
         try:
             future = self._make_producer().send(topic, key=key.encode(), value=value, headers=list(headers))
             future.get(timeout=self._settings.delivery_timeout_ms / 1000 + 1)
@@ -200,14 +208,16 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]
     ) -> None:
         self._servers = servers
         self._settings = settings
+        self._group = broker_group(group, topics)
         self._on_assigned = on_assigned
         self._on_revoked = on_revoked
         self._assigned: frozenset[Partition] = frozenset()
         self._closed = False
+        self._failure: Exception | None = None
         try:
             self._consumer = KafkaConsumer(
                 bootstrap_servers=servers,
-                group_id=broker_group(group, topics),
+                group_id=self._group,
                 enable_auto_commit=False,
                 auto_offset_reset="earliest",
                 allow_auto_create_topics=False,
@@ -225,18 +235,21 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]
             self._consumer.subscribe(list(topics), listener=self)
         except KafkaError as error:
             raise _unavailable(servers, error) from error
-        self._group = broker_group(group, topics)
         self._leadership = LeaderWatch(self._consumer._coordinator, self._members, settings.session_timeout_ms / 1000)
 
     def poll(self, timeout_s: float, max_records: int = 1) -> list[Delivery]:
         self._free_parked_records()
         wait_s = max(timeout_s, self._least_wait_s())
+        batches: dict[TopicPartition, list[Any]] = {}
         try:
             batches = self._consumer.poll(timeout_ms=int(wait_s * 1000), max_records=max_records)
             self._leadership.check()
         except (KafkaError, OSError) as error:
             log.warning("a poll of %s failed: %s", ", ".join(self._servers), error)
-            return []
+        if self._failure is not None:
+            raise ListenerFailed(
+                f"The reader of {self._group} failed as its partitions changed: {self._failure}."
+            ) from self._failure
         return [_delivery(record) for records in batches.values() for record in records]
 
     def commit(self, positions: Mapping[Partition, int]) -> None:
@@ -271,19 +284,27 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]
         """Called by the consumer inside `poll` with the partitions that are new."""
         gained = _partitions(assigned)
         self._assigned |= gained
-        if gained and self._on_assigned is not None and not self._closed:
-            self._on_assigned(gained)
+        self._tell(self._on_assigned, gained)
 
     def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
         """Called by the consumer inside `poll` or `close` with the partitions that go elsewhere."""
         lost = _partitions(revoked)
         self._assigned -= lost
-        if lost and self._on_revoked is not None and not self._closed:
-            self._on_revoked(lost)
+        self._tell(self._on_revoked, lost)
 
     def on_partitions_lost(self, lost: Collection[TopicPartition]) -> None:
         """Called instead of the above when the membership itself was lost."""
         self.on_partitions_revoked(lost)
+
+    def _tell(self, listener: Moved | None, moved: frozenset[Partition]) -> None:
+        """Call the reader's own listener. What it raises is kept for `poll`: the client would take it for its own."""
+        if not moved or listener is None or self._closed:
+            return
+        try:
+            listener(moved)
+        except Exception as error:
+            log.exception("the reader of %s failed as its partitions changed", self._group)
+            self._failure = error
 
     def _members(self) -> frozenset[str]:
         """The ids of the group's members, asked on a connection of its own: the consumer's waits in its rebalance.

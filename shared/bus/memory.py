@@ -15,7 +15,16 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from shared.bus.port import BusUnavailable, CommitRefused, Delivery, Headers, Moved, Partition
+from shared.bus.port import (
+    BusUnavailable,
+    CommitRefused,
+    Delivery,
+    Headers,
+    ListenerFailed,
+    Moved,
+    Partition,
+    check_size,
+)
 from shared.schemas.exchange import RESULTS
 
 NEWS = ("editx.dlq.", RESULTS)
@@ -51,6 +60,8 @@ class _Group:
 class MemoryBus:
     """A Bus for one process. Partitions of a topic are made when it is first used."""
 
+    system = "editx"
+
     def __init__(self, partitions: int = 4, capacity: int = 10_000, publish_timeout_s: float = 5.0) -> None:
         self._partitions = partitions
         self._capacity = capacity
@@ -63,6 +74,7 @@ class MemoryBus:
         self._closed = False
 
     def publish(self, topic: str, key: str, value: bytes, headers: Headers = ()) -> None:
+        check_size(topic, value)
         partition = Partition(topic, zlib.crc32(key.encode()) % self._partitions)
         with self.lock:
             log = self._log(partition)
@@ -230,10 +242,13 @@ class MemorySubscription:
                 del self._positions[partition]
             self._paused -= lost
             self._positions |= {partition: self._bus.committed(self.group, partition) for partition in gained}
-        if lost and self._on_revoked is not None:
-            self._on_revoked(lost)
-        if gained and self._on_assigned is not None:
-            self._on_assigned(gained)
+        try:
+            if lost and self._on_revoked is not None:
+                self._on_revoked(lost)
+            if gained and self._on_assigned is not None:
+                self._on_assigned(gained)
+        except Exception as error:
+            raise ListenerFailed(f"The reader of {self.group} failed as its partitions changed: {error}.") from error
 
     def _take(self, max_records: int) -> list[Delivery]:
         """Records from the readable partitions, beginning with another one each time so that none starves."""

@@ -14,7 +14,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from shared.errors import TransientError
+from shared.errors import PermanentError, TransientError, UserError
+
+RECORD_BYTES_MAX = 1_000_000
+"""The largest value of a record, some way below what brokers take with its headers."""
 
 Headers = tuple[tuple[str, bytes], ...]
 
@@ -29,6 +32,19 @@ class CommitRefused(TransientError):
     """The partition moved to another reader before the commit; the record will be delivered again."""
 
     default_code = "commit_refused"
+
+
+class RecordTooLarge(UserError):
+    """A record's value is larger than any bus takes."""
+
+    default_code = "record_too_large"
+    default_http_status = 413
+
+
+class ListenerFailed(PermanentError):
+    """A reader's own callback failed when partitions came or went: what it knows of them is wrong from here on."""
+
+    default_code = "listener_failed"
 
 
 class Partition(NamedTuple):
@@ -60,7 +76,8 @@ Moved = Callable[[frozenset[Partition]], None]
 class Subscription(Protocol):
     """One member of a group of readers.
 
-    Every method is called by one and the same thread; the callbacks run inside `poll`.
+    Every method is called by one and the same thread; the callbacks run inside `poll`. What a callback raises comes out
+    of `poll` as ListenerFailed: the reader closes the subscription then, and its partitions go to another member.
     """
 
     def poll(self, timeout_s: float, max_records: int = 1) -> list[Delivery]:
@@ -94,11 +111,26 @@ class Subscription(Protocol):
         ...
 
 
+def check_size(topic: str, value: bytes) -> None:
+    """Raise RecordTooLarge for a value that a bus does not take."""
+    if len(value) > RECORD_BYTES_MAX:
+        raise RecordTooLarge(f"A record of {len(value)} bytes is too large for {topic}.",
+                             f"At most {RECORD_BYTES_MAX} bytes; put the data in the artifact store.")  # fmt: skip
+
+
 class Bus(Protocol):
     """A broker's client. `publish` may be called by any thread."""
 
+    @property
+    def system(self) -> str:
+        """What spans name as their messaging.system."""
+        ...
+
     def publish(self, topic: str, key: str, value: bytes, headers: Headers = ()) -> None:
-        """Add a record; returns when the broker holds it as safely as it ever will. Raises BusUnavailable."""
+        """Add a record; returns when the broker holds it as safely as it ever will.
+
+        Raises BusUnavailable, RecordTooLarge.
+        """
         ...
 
     def subscribe(

@@ -5,7 +5,16 @@ import uuid
 
 import pytest
 
-from shared.bus.port import Bus, CommitRefused, Delivery, Partition, Subscription
+from shared.bus.port import (
+    RECORD_BYTES_MAX,
+    Bus,
+    CommitRefused,
+    Delivery,
+    ListenerFailed,
+    Partition,
+    RecordTooLarge,
+    Subscription,
+)
 
 PATIENCE_S = 45.0
 
@@ -157,6 +166,27 @@ def test_the_backlog_counts_what_a_group_has_not_committed(bus: Bus, topic: str,
     commit(reader, sorted(records, key=lambda record: record.offset))
     assert bus.backlog(topic, group) == 0
     reader.close()
+
+
+def test_a_listener_that_fails_comes_out_of_the_poll_and_its_partitions_go_elsewhere(
+    bus: Bus, topic: str, group: str
+) -> None:
+    def fail(_: frozenset[Partition]) -> None:
+        raise ValueError("a defect")
+
+    bus.publish(topic, "job-1", b"work")
+    failing = bus.subscribe([topic], group, on_assigned=fail)
+    with pytest.raises(ListenerFailed, match="a defect"):
+        read(failing, 1)
+    failing.close()
+    other = bus.subscribe([topic], group)
+    assert [record.value for record in read(other, 1)] == [b"work"]
+    other.close()
+
+
+def test_a_record_that_is_too_large_is_refused(bus: Bus, topic: str) -> None:
+    with pytest.raises(RecordTooLarge, match=topic):
+        bus.publish(topic, "job-1", bytes(RECORD_BYTES_MAX + 1))
 
 
 def test_the_bus_answers_a_ping_and_closes_twice(bus: Bus) -> None:

@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from shared.bus import memory
 from shared.bus.memory import MemoryBus
-from shared.bus.port import Subscription
+from shared.bus.port import RECORD_BYTES_MAX, Subscription
 from shared.deadletters import dead_letters, replay
+from shared.errors import UserError
 from shared.intake import Intake
 from shared.jobs.memory import MemoryJobStore
 from shared.jobs.port import JobStoreUnavailable
 from shared.schemas import Job
-from shared.schemas.exchange import AUDIO_BYTES_MAX, RESULTS, SUBMISSIONS, Result
+from shared.schemas.exchange import AUDIO_BYTES_MAX, RESULTS, SUBMISSIONS, Result, Submission
 from shared.store.folder import FolderStore
 
 PATIENCE_S = 15.0
@@ -134,6 +136,38 @@ def test_what_is_no_submission_goes_to_the_dead_letters_with_its_reason(world: W
     [letter] = list(dead_letters(world.bus, quiet_s=0.3))
     assert (letter.delivery.value, letter.document()["code"]) == (value, "unreadable_message")
     assert letter.document()["origin"]["topic"] == SUBMISSIONS
+
+
+def test_a_record_larger_than_any_bus_takes_is_put_aside_by_its_beginning(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huge, junk = b"x" * (RECORD_BYTES_MAX + 1000), tuple((f"junk-{n}", bytes(2000)) for n in range(20))
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "check_size", lambda topic, value: None)
+        world.bus.publish(SUBMISSIONS, "huge", huge, (("traceparent", b"00-x"), *junk))
+    world.submit("good")
+    assert len(world.due(1, world.steps)) == 1
+    [letter] = list(dead_letters(world.bus, quiet_s=0.3))
+    assert letter.delivery.value == huge[:RECORD_BYTES_MAX]
+    assert letter.headers["x-editx-cut"] == str(len(huge))
+    assert (letter.headers["traceparent"], "junk-0" in letter.headers) == ("00-x", False)
+    with pytest.raises(UserError, match="not here whole"):
+        replay(letter, world.bus, world.jobs)
+
+
+def test_a_defect_in_taking_one_submission_holds_no_other_up(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def defect(self: Intake, submission: Submission, trace: dict[str, str]) -> None:
+        if submission.submission_id == "odd":
+            raise ValueError("nobody foresaw this")
+        answer(self, submission, trace)
+
+    answer = Intake._answer
+    monkeypatch.setattr(Intake, "_answer", defect)
+    world.submit("odd")
+    world.submit("good")
+    assert len(world.due(1, world.steps)) == 1
+    [letter] = list(dead_letters(world.bus, quiet_s=0.3))
+    assert "nobody foresaw this" in letter.document()["reason"]
 
 
 def test_an_unreadable_message_is_replayed_to_its_topic(world: World) -> None:

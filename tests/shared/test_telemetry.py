@@ -70,6 +70,9 @@ def test_a_job_is_one_trace_from_its_request_to_its_last_step(tmp_path: Path) ->
         assert by_id[span["parent_id"]]["kind"] == "PRODUCER"
         assert span["links"] == [span["parent_id"]]
         assert span["attributes"]["messaging.message.conversation_id"] == done.stdout.strip()
+        assert span["attributes"]["messaging.system"] == "editx"
+    attempts = [s["attributes"]["editx.attempt"] for s in processed if s["name"] == "process editx.generate"]
+    assert attempts == [1, 2]
     failed = [span for span in processed if span["status"] == "ERROR"]
     assert [span["attributes"]["error.type"] for span in failed] == ["temporarily_unavailable"]
 

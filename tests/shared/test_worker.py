@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from shared.bus.memory import MemoryBus
-from shared.bus.port import BusUnavailable, Delivery, Headers, Subscription
+from shared.bus.port import BusUnavailable, Delivery, Headers, ListenerFailed, Partition, Subscription
 from shared.errors import PermanentError, TransientError, UserError
 from shared.jobs import machine
 from shared.jobs.memory import MemoryJobStore
@@ -124,7 +124,8 @@ def test_a_step_that_kills_every_worker_ends_in_the_dead_letters(world: World) -
     assert ended.state == JobState.FAILED
     assert ended.error is not None
     assert ended.error.code == "attempts_exhausted"
-    assert [letter["x-editx-code"] for letter in world.dead_letters(DLQ_FAILED)] == ["attempts_exhausted"]
+    [letter] = world.dead_letters(DLQ_FAILED)
+    assert (letter["x-editx-code"], letter["attempt"]) == ("attempts_exhausted", "3")
 
 
 def test_a_worker_that_lost_its_lease_cannot_write_the_jobs_state(world: World) -> None:
@@ -200,7 +201,7 @@ def test_an_error_that_stays_ends_the_job_by_its_class(
     assert ended.error.code == code
     found = world.dead_letters(DLQ_FAILED)
     assert [letter["x-editx-code"] for letter in found] == [code] * letters
-    assert all(letter["job-id"] == job.id for letter in found)
+    assert [(letter["job-id"], letter["attempt"]) for letter in found] == [(job.id, str(runs))] * letters
 
 
 @pytest.mark.parametrize("value", [b"", b"\xff\x00", b"{}", b'{"schema_version": 2, "job_id": "a", "step_index": 0}'])
@@ -215,6 +216,22 @@ def test_a_message_that_cannot_be_read_is_put_aside_and_holds_nobody_up(world: W
     assert letter["traceparent"] == "00-x"
     assert topic in letter["x-editx-origin"]
     assert world.jobs.get(job.id).step_index == 1
+
+
+def test_a_worker_whose_listener_fails_ends_and_another_one_takes_its_partitions(world: World) -> None:
+    real = world.bus.subscribe
+
+    def defect(_: frozenset[Partition]) -> None:
+        raise ValueError("a defect")
+
+    world.bus.subscribe = lambda *args, **how: real(*args, **{**how, "on_assigned": defect})  # type: ignore[method-assign]
+    world.work(FakeHandler())
+    until(lambda: world.crashes)
+    assert isinstance(world.crashes[0], ListenerFailed)
+    world.bus.subscribe = real  # type: ignore[method-assign]
+    job = world.submit()
+    world.work(FakeHandler())
+    world.wait(job, at_step(1))
 
 
 def test_a_message_about_an_unknown_job_is_put_aside(world: World) -> None:
