@@ -13,12 +13,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from editx.cli import options
+from editx.cli import candidates, options
 
 if TYPE_CHECKING:
     from services.trainer.data.build import Tokenize
 
 app = typer.Typer(help="Build, describe, check and rate data sets for post-training.", no_args_is_help=True)
+
+for _command in candidates.COMMANDS:
+    app.command()(_command)
 
 Set = Annotated[Path, typer.Argument(help="Folder of a version of a data set, or a JSONL file of rows.")]
 

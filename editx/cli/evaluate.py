@@ -101,6 +101,21 @@ def report(
     typer.echo(write_report({path.name: read_results(path) for path in results}, out).read_text(encoding="utf-8"))
 
 
+@app.command("make-benchmark")
+def make_benchmark(
+    recordings: Annotated[Path, typer.Argument(help="JSONL of held-out voices: id, audio, text, language, speaker.")],
+    texts: Annotated[Path, typer.Argument(help="JSONL of held-out texts: text, language, manner, or [sounds] in it.")],
+    out: Annotated[Path, typer.Option(help="Folder of the benchmark: cases.jsonl and its recordings.")],
+    count: Annotated[int, typer.Option(min=1, help="Cases; the texts are taken in turn.")] = 160,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Write a benchmark of your own in the format of Step-Audio-Edit-Benchmark."""
+    from services.trainer.evaluate.benchmark import make_benchmark
+
+    cases = make_benchmark(recordings, texts, out, count, seed)
+    typer.echo(f"{out / 'cases.jsonl'}: {cases} cases")
+
+
 @app.command("fit-judge")
 def fit_judge(
     examples: Annotated[Path, typer.Argument(help="JSONL: task, label, source (neutral), audio, text, source_text.")],

@@ -96,20 +96,26 @@ def _sides(row: Row) -> list[Side]:
     return [row.source, row.target, *([row.rejected] if row.rejected else [])]
 
 
+def leaks(row: Row, other: HeldOut, *, speakers: bool = True) -> list[str]:
+    """What a row shares with an evaluation set."""
+    found = []
+    if speakers and row.speaker in other.speakers:
+        found.append(f"speaker {row.speaker} is in {other.name}")
+    if any(normal(text) in other.texts for text in _texts(row)):
+        found.append(f"its text is in {other.name}")
+    if any(side.fingerprints & other.audio for side in _sides(row)):
+        found.append(f"its audio is in {other.name}")
+    return found
+
+
 def check_leaks(training: Sequence[Row], held_out: Sequence[HeldOut], *, speakers: bool = True) -> None:
     """Raise Leak naming the first rows that share something with an evaluation set.
 
     `speakers` False lets speakers be shared, for evaluations of texts only.
     """
-    found = []
-    for row in training:
-        for other in held_out:
-            if speakers and row.speaker in other.speakers:
-                found.append(f"{row.id}: speaker {row.speaker} is in {other.name}")
-            if any(normal(text) in other.texts for text in _texts(row)):
-                found.append(f"{row.id}: its text is in {other.name}")
-            if any(side.fingerprints & other.audio for side in _sides(row)):
-                found.append(f"{row.id}: its audio is in {other.name}")
+    found = [
+        f"{row.id}: {why}" for row in training for other in held_out for why in leaks(row, other, speakers=speakers)
+    ]
     if found:
         rest = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise Leak(f"{len(found)} leaks into evaluation sets: {'; '.join(found[:5])}{rest}.",

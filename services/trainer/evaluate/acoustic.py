@@ -30,6 +30,8 @@ FEATURES = (
     "pace", "pauses", "rate",
 )  # fmt: skip
 RATE = FEATURES.index("rate")
+NEUTRAL = "neutral"
+"""The label of a recording that was not edited, which every task's classifier knows."""
 PAIR_FEATURES = (*FEATURES, "duration")
 
 Vector = npt.NDArray[np.float64]

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from services.trainer.data.build import without_tags
+from services.trainer.data.records import bad_line, checked, records
 from services.trainer.data.rows import reason
+from shared.audio.io import read_audio
 from shared.errors import UserError
 from shared.schemas.edit import Edit
-from shared.tags import bracketed_tags
+from shared.tags import bracketed_tags, check_tag
 
 Task = Literal["emotion", "style", "paralinguistic"]
 ALIASES = {"act_cute": "act_coy", "whisper (asmr)": "whisper", "surprise": "surprised", "natural": "none",
@@ -104,3 +108,71 @@ def write_cases(cases: Sequence[Case], path: Path) -> None:
     """A benchmark file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(c.model_dump(), ensure_ascii=False) + "\n" for c in cases), encoding="utf-8")
+
+
+class Voice(BaseModel):
+    """A recording whose voice a benchmark clones: a line of recordings as `editx data build` reads them."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", coerce_numbers_to_str=True)
+
+    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    audio: Path
+    text: str = Field(min_length=1)
+    language: str
+    speaker: str
+
+
+class Wanted(BaseModel):
+    """A text to be said, in a manner ("emotion/happy") or with sounds in it."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    text: str = Field(min_length=1)
+    language: str
+    manner: str | None = None
+
+    @property
+    def task(self) -> tuple[str, str]:
+        """Task and label. Raises UserError for a text that asks for nothing."""
+        if sounds := bracketed_tags(self.text):
+            return "paralinguistic", check_tag("paralinguistic", sounds[0])
+        kind, _, detail = (self.manner or "").partition("/")
+        if kind not in ("emotion", "style"):
+            raise UserError("the text has neither a manner, emotion/ or style/, nor a [sound]", code="bad_row")
+        return kind, check_tag(kind, detail)
+
+
+def make_benchmark(recordings: Path, texts: Path, folder: Path, count: int, seed: int = 0) -> int:
+    """Write `count` cases and their recordings into a folder: the texts in turn, each in a voice of its language that
+    says something else; how many. Raises UserError naming a bad line, or where voices or texts are missing."""
+    voices = [checked(Voice, line, recordings, number) for number, line in records(recordings)]
+    wanted: list[tuple[Wanted, str, str]] = []
+    for number, line in records(texts):
+        one = checked(Wanted, line, texts, number)
+        try:
+            wanted.append((one, *one.task))
+        except UserError as error:
+            raise bad_line(texts, number, error.message.removesuffix(".")) from error
+    if not wanted:
+        raise UserError(f"{texts} holds no texts.", code="invalid_dataset")
+    rng, cases = np.random.default_rng(seed), []
+    for number in range(count):
+        text, task, label = wanted[number % len(wanted)]
+        fitting = [voice for voice in voices if voice.language == text.language and voice.text != text.text]
+        if not fitting:
+            raise UserError(f"{recordings} has no other recording of the language {text.language!r}.",
+                            code="invalid_dataset")  # fmt: skip
+        voice = fitting[int(rng.integers(len(fitting)))]
+        cases.append(Case.model_validate({
+            "id": number, "speaker": voice.speaker, "gen_text": text.text, "prompt_text": voice.text,
+            "prompt_audio": f"{voice.id}{voice.audio.suffix}", "lang": voice.language, "task": task, "task_sub": label,
+        }))  # fmt: skip
+        target = folder / cases[-1].prompt_audio
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            read_audio(recordings.parent / voice.audio)
+            shutil.copyfile(recordings.parent / voice.audio, target)
+        except UserError as error:
+            raise UserError(f"{recordings}, recording {voice.id}: {error.message}", code="bad_row") from error
+    write_cases(cases, folder / "cases.jsonl")
+    return len(read_cases(folder / "cases.jsonl"))

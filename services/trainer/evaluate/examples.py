@@ -9,13 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from services.trainer.data.records import bad_line, checked, records
 from services.trainer.data.rows import reason
-from services.trainer.evaluate.acoustic import AcousticJudge, Classifier, Vector, change
+from services.trainer.evaluate.acoustic import NEUTRAL, AcousticJudge, Classifier, Vector, change
 from services.trainer.evaluate.runner import at_16k
 from shared.audio.io import read_audio
 from shared.errors import EditxError, UserError
 from shared.tags import check_tag
-
-NEUTRAL = "neutral"
 
 
 class Example(BaseModel):

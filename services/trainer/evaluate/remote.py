@@ -23,6 +23,7 @@ from shared.errors import PermanentError, UserError
 
 NONE = "none"
 API_KINDS = ("gemini", "openai")
+TASKS = ("emotion", "style", "paralinguistic")
 
 
 class BudgetSpent(UserError):
@@ -56,10 +57,11 @@ class Question:
                 f'fault: listen for it first.\nText: {self.text}\nAnswer as JSON: {{"score": 1}}'
             )
         choice = ", ".join((*self.labels, NONE))
+        wanted = f"no {self.task} at all" if self.wanted == NONE else f'"{self.wanted}"'
         return heard + (
             f"Listen to how the speaker sounds and ignore what the words mean. Which {self.task} is it? Choose one of: "
             f"{choice}. Choose {NONE} when unsure. Also rate from 1 to 10 how clearly the recording expresses "
-            f'"{self.wanted}" and how natural it sounds.\n'
+            f"{wanted} and how natural it sounds.\n"
             f'Answer as JSON: {{"label": "...", "rating": 1, "naturalness": 1}}'
         )
 
@@ -80,6 +82,10 @@ class Judge(Protocol):
     """Anything that answers questions about recordings."""
 
     name: str
+
+    def hears(self, task: str) -> bool:
+        """Whether it can answer questions of a task."""
+        ...
 
     def ask(self, question: Question, wav: bytes, source_wav: bytes) -> Verdict:
         """The verdict about `wav`, the result of editing `source_wav`."""
@@ -149,6 +155,10 @@ class HttpJudge:
         self._api, self._cache, self._post, self._sleep, self._clock = api, cache, post, sleep, clock
         self._lock, self._next = threading.Lock(), 0.0
         cache.mkdir(parents=True, exist_ok=True)
+
+    def hears(self, task: str) -> bool:
+        """Emotion, style and sounds."""
+        return task in TASKS
 
     def ask(self, question: Question, wav: bytes, source_wav: bytes) -> Verdict:
         """Raises BudgetSpent, and TransientError and PermanentError as the API fails."""

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 import soxr
 
-from services.trainer.evaluate.acoustic import RATE_HZ, AcousticJudge, Audio
+from services.trainer.evaluate.acoustic import NEUTRAL, RATE_HZ, AcousticJudge, Audio
 from services.trainer.evaluate.benchmark import Case, same_label
 from services.trainer.evaluate.judges import Judges, similarity, word_errors, words
-from services.trainer.evaluate.remote import BudgetSpent, Judge, Question, Verdict
+from services.trainer.evaluate.remote import NONE, BudgetSpent, Judge, Question, Verdict
 from shared.audio.io import Waveform, read_audio, write_audio
 from shared.errors import EditxError, UserError
 from shared.schemas.edit import Edit
@@ -79,6 +79,10 @@ class OfflineJudge:
     def __init__(self, judge: AcousticJudge) -> None:
         self._judge = judge
 
+    def hears(self, task: str) -> bool:
+        """The tasks that it was fitted for."""
+        return task in self._judge.tasks
+
     def ask(self, question: Question, wav: bytes, source_wav: bytes) -> Verdict:
         """Raises UserError for sounds between words, which it cannot hear."""
         if question.task == "paralinguistic":
@@ -86,7 +90,8 @@ class OfflineJudge:
         source, audio = at_16k(read_audio(source_wav)), at_16k(read_audio(wav))
         texts = (question.source_text, question.text)
         label = same_label(self._judge.label(question.task, source, audio, texts))
-        return Verdict(label, self._judge.rating(question.task, question.wanted, source, audio, texts))
+        wanted = NEUTRAL if question.wanted == NONE else question.wanted
+        return Verdict(label, self._judge.rating(question.task, wanted, source, audio, texts))
 
 
 def at_16k(waveform: Waveform) -> Audio:

@@ -44,13 +44,13 @@ class PortSystem:
         found = self.tokenize(reference)
         stretch = 2.0 * len(text) / max(1, len(reference_text))
         limit = bounds_for(len(found.mixed), stretch, 12)
-        [mixed] = self._answers(clone_turns(reference_text, found.mixed, text), limit, [seed])
+        [mixed] = self.answers(clone_turns(reference_text, found.mixed, text), limit, [seed])
         return self.decode(mixed, found, seed)
 
     def edit(self, source: Waveform, text: str, edit: Edit, seed: int) -> Waveform:
         found = self.tokenize(source)
         turns, limit = edit_turns(edit, text, found.mixed), bounds_for(len(found.mixed), 2.0, 12)
-        answers = self._answers(turns, limit, [seed + number * SEED_STRIDE for number in range(self.n_best)])
+        answers = self.answers(turns, limit, [seed + number * SEED_STRIDE for number in range(self.n_best)])
         return self.decode(self._best(turns, answers), found, seed)
 
     def tokenize(self, waveform: Waveform) -> Tokenized:
@@ -70,7 +70,7 @@ class PortSystem:
         found = self.inference.infer("decoder", inputs, parameters={"steps": self.decode_steps, "seed": seed})
         return Waveform(np.asarray(found["audio"], np.float32), DECODED_RATE_HZ)
 
-    def _answers(self, turns: Sequence[Turn], max_groups: int, seeds: Sequence[int]) -> list[Codes]:
+    def answers(self, turns: Sequence[Turn], max_groups: int, seeds: Sequence[int]) -> list[Codes]:
         """One answer per seed, drawn side by side."""
         prompt = np.asarray(self.tokenizer.encode_chat(turns), np.int64)
 
