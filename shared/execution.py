@@ -16,7 +16,7 @@ from typing import Protocol
 from shared import telemetry
 from shared.bus.port import Bus, Delivery
 from shared.errors import EditxError, PoisonError, TransientError
-from shared.inference.port import DeadlineExceeded, RequestCancelled
+from shared.inference.port import DeadlineExceeded, InferenceUnavailable, RequestCancelled, UnknownModel
 from shared.jobs import machine
 from shared.jobs.machine import Fenced, FutureStep, JobClosed, NotNow, StaleStep
 from shared.jobs.port import JobNotFound, JobStore
@@ -26,6 +26,7 @@ from shared.schemas.job import Job, JobError, JobState
 from shared.schemas.messages import BusMessage
 from shared.steps import Attempt, Handler
 from shared.store.port import ArtifactStore
+from shared.surroundings import Surroundings
 
 log = logging.getLogger(__name__)
 LOOK_AGAIN_S = 1.0
@@ -84,10 +85,10 @@ class Execution:
         store: ArtifactStore,
         jobs: JobStore,
         settings: ExecutionSettings,
+        surroundings: Surroundings,
     ) -> None:
         self.stop = threading.Event()
         self.held: Held | None = None
-        self.leased_at = 0.0
         self._current: Attempt | None = None
         self._delivery = delivery
         self._handler = handler
@@ -95,6 +96,8 @@ class Execution:
         self._store = store
         self._jobs = jobs
         self._settings = settings
+        self._surroundings = surroundings
+        self._leased_at = 0.0
         self._draining = False
 
     def drain(self) -> None:
@@ -106,6 +109,17 @@ class Execution:
         """Pass on how far the handler is, if it told since the last time. Raises Fenced, JobNotFound."""
         if self._current is not None:
             self._current.report()
+
+    def keep(self, held: Held) -> Job:
+        """Renew the lease once a third of it has passed, else only look whether it is still there; the job's record.
+
+        Raises Fenced, JobNotFound.
+        """
+        if time.monotonic() - self._leased_at > self._settings.lease_s / 3:
+            return self._renew(held)
+        job = self._jobs.get(held.job_id)
+        machine.check_held(job, held.token)
+        return job
 
     def run(self) -> Verdict:
         """Do what the message asks for."""
@@ -143,6 +157,7 @@ class Execution:
 
     def _process(self, message: BusMessage) -> Verdict:
         index, owner, ttl_s = message.step_index, self._settings.name, self._settings.lease_s
+        asked_at = time.monotonic()
         try:
             job = machine.apply(
                 self._jobs, message.job_id, lambda job, now: machine.acquire(job, index, owner, ttl_s, now)
@@ -159,7 +174,7 @@ class Execution:
         except FutureStep:
             return later(LOOK_AGAIN_S)
         telemetry.attempted(job.attempts)
-        self.leased_at = time.monotonic()
+        self._leased_at = asked_at
         self.held = Held(job.id, job.last_token)
         try:
             return self._attempt(job)
@@ -170,7 +185,7 @@ class Execution:
     def _attempt(self, job: Job) -> Verdict:
         if job.attempts > self._settings.retry.attempts_max:
             return self._fail(job, _exhausted(job))
-        attempt = self._current = Attempt(job, self._jobs, self._store, self.stop)
+        attempt = self._current = Attempt(job, self._jobs, self._store, self.stop, self._check_lease)
         began = time.perf_counter()
         try:
             attempt.check_cancelled()
@@ -180,6 +195,8 @@ class Execution:
         except Fenced:
             raise
         except DeadlineExceeded as error:
+            if attempt.deadline is None:
+                return self._failed(job, InferenceUnavailable(f"The model server had no time: {error.message}"))
             return self._fail(job, job_error(error))
         except Exception as error:
             self._count(job, "error", began)
@@ -189,7 +206,8 @@ class Execution:
         token, metrics = job.last_token, attempt.metrics
         if (rtf := metrics.get("rtf")) is not None:
             telemetry.instruments().rtf.record(rtf, {"editx.step.kind": job.step.kind})
-        moved = self._persist(attempt.latest, lambda job, now: machine.advance(job, token, now, metrics))
+        written = attempt.written
+        moved = self._persist(attempt.latest, lambda job, now: machine.advance(job, token, now, metrics, written))
         self.held = None
         if moved.is_terminal:
             publish_result(self._bus, moved)
@@ -197,20 +215,44 @@ class Execution:
             publish_next(self._bus, moved)
         return DONE
 
+    def _renew(self, held: Held) -> Job:
+        """Hold the lease from now on for its whole length. Raises Fenced, JobNotFound."""
+        asked_at, ttl_s = time.monotonic(), self._settings.lease_s
+        job = machine.apply(self._jobs, held.job_id, lambda job, now: machine.renew(job, held.token, ttl_s, now))
+        self._leased_at = asked_at
+        return job
+
+    def _check_lease(self) -> None:
+        """Before a write. A lease that is younger than half its length is surely ours; an older one is renewed first,
+        which a worker that was paused or cut off cannot.
+
+        Raises Fenced, JobNotFound.
+        """
+        if self.held is not None and time.monotonic() - self._leased_at > self._settings.lease_s / 2:
+            self._renew(self.held)
+
     def _stopped(self, job: Job, error: RequestCancelled) -> Verdict:
-        """The handler gave up: the job was cancelled, the worker drains, or the lease is gone."""
+        """The handler gave up: the job was cancelled, the worker drains, the lease is gone, or a model server ended."""
         token = job.last_token
         if self._jobs.get(job.id).cancel_requested:
             publish_result(self._bus, self._persist(job, lambda job, now: machine.close_cancelled(job, token, now)))
             return DONE
         if self._draining or self.stop.is_set():
-            self._persist(job, lambda job, now: machine.release(job, token, now))
-            return later(LOOK_AGAIN_S)
-        return self._failed(job, error)
+            return self._hand_back(job)
+        return self._failed(job, InferenceUnavailable(f"The model server broke the call off: {error.message}"))
+
+    def _hand_back(self, job: Job) -> Verdict:
+        """The step was not done and nobody is to blame: the attempt does not count."""
+        token = job.last_token
+        self._persist(job, lambda job, now: machine.release(job, token, now))
+        return later(LOOK_AGAIN_S)
 
     def _failed(self, job: Job, error: Exception) -> Verdict:
         policy, document, token = self._settings.retry, job_error(error), job.last_token
         telemetry.failed(error, document.code)
+        if isinstance(error, (TransientError, UnknownModel)) and self._surroundings.are_away():
+            log.warning("step %d of %s waits for what it needs: %s", job.step_index, job.id, error)
+            return self._hand_back(job)
         if not policy.allows(error, job.attempts):
             unforeseen = None if isinstance(error, EditxError) else error
             log.error(

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared import telemetry
+from shared.errors import TransientError
 from shared.inference.port import Inference, Model
 from shared.steps import Handler
+from shared.surroundings import Surroundings
 from shared.wiring import open_bus, open_inference, open_jobs, open_store
 from shared.worker import Worker, WorkerSettings
 
@@ -35,6 +39,9 @@ class ServiceSettings(BaseSettings):
     slots: int = 1
     lease_s: float = 30.0
     drain_s: float = 30.0
+    outage_s: float = Field(
+        default=1800.0, gt=0.0, description="How long a worker waits for models and artifacts before failures count."
+    )
     log_level: str = "INFO"
     log_json: bool = True
     otlp_endpoint: str | None = None
@@ -51,8 +58,8 @@ def run_worker(
 ) -> None:
     """Work until SIGTERM.
 
-    `models` is used where inference is local, with those in `concurrent` called by every thread; `handler` is made once
-    everything is reachable.
+    `models` are what the steps need: they are made here where inference is local, with those in `concurrent` called by
+    every thread, and waited for where a server has them.
     """
     settings = ServiceSettings()
     telemetry.configure_logs(settings.log_level, as_json=settings.log_json)
@@ -60,6 +67,13 @@ def run_worker(
     bus, store, jobs = open_bus(settings.bus_url), open_store(settings.store_url), open_jobs(settings.jobs_url)
     factories = {name: partial(make, settings) for name, make in models.items()}
     inference = open_inference(settings.inference_url, factories, concurrent=concurrent)
+
+    def answer() -> bool:
+        with suppress(TransientError):
+            store.ping()
+            return all(inference.ready(name) for name in models)
+        return False
+
     worker = Worker(
         handler(inference, settings),
         bus,
@@ -72,6 +86,7 @@ def run_worker(
             drain_s=settings.drain_s,
             alive_file=settings.alive_file,
         ),
+        Surroundings(answer, patience_s=settings.outage_s),
     )
     worker.stop_on_signals()
     try:

@@ -37,7 +37,7 @@ class StepContext(Protocol):
         ...
 
     def write(self, name: str, data: bytes, content_type: str = "application/octet-stream") -> None:
-        """Store an output artifact of this step, whole."""
+        """Store an output artifact of this step, whole. Raises Fenced once another worker may have the step."""
         ...
 
     def progress(self, fraction: float, note: str = "") -> None:
@@ -71,21 +71,31 @@ class Handler(Protocol):
 class Attempt:
     """The StepContext of a worker.
 
-    `stop` is set by the worker when the job is cancelled, the lease lost, or the worker drains. `latest` is the job's
-    record as this attempt stored it last.
+    `stop` is set by the worker when the job is cancelled, the lease lost, or the worker drains; `check_lease` raises
+    Fenced where it is lost. `latest` is the job's record as this attempt stored it last, `written` holds the SHA-256 of
+    its artifacts by name.
     """
 
-    def __init__(self, job: Job, jobs: JobStore, store: ArtifactStore, stop: threading.Event | None = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        jobs: JobStore,
+        store: ArtifactStore,
+        stop: threading.Event,
+        check_lease: Callable[[], None],
+    ) -> None:
         self.job = job
         self.step = job.step
-        self.stop = stop or threading.Event()
+        self.stop = stop
         self.priority = 1 if job.request.lane == "interactive" else 0
         left_s = None if job.deadline is None else job.deadline - jobs.now()
         self.deadline = None if left_s is None else time.monotonic() + left_s
         self.metrics: dict[str, float] = {}
+        self.written: dict[str, str] = {}
         self.latest = job
         self._jobs = jobs
         self._store = store
+        self._check_lease = check_lease
         self._reported_at = time.monotonic()
         self._untold: tuple[float, str] | None = None
 
@@ -95,7 +105,9 @@ class Attempt:
 
     def write(self, name: str, data: bytes, content_type: str = "application/octet-stream") -> None:
         self.check_cancelled()
-        self._store.put(self.step.output_key(self.job.id, name), data, content_type=content_type)
+        self._check_lease()
+        stored = self._store.put(self.step.output_key(self.job.id, name), data, content_type=content_type)
+        self.written[name] = stored.sha256
 
     def progress(self, fraction: float, note: str = "") -> None:
         self.check_cancelled()

@@ -132,6 +132,7 @@ class Instruments:
         self.steps = meter.create_histogram("editx.step.duration", "s", "Handler time of one step, by kind and outcome")
         self.outcomes = meter.create_counter("editx.step.outcomes", "{step}", "Steps by kind and outcome")
         self.rtf = meter.create_histogram("editx.rtf", "1", "Processing seconds per second of audio, by step kind")
+        self.outages = meter.create_counter("editx.worker.outages", "{outage}", "Times that a worker took no jobs")
         for tally in TALLIES:
             meter.create_observable_counter(tally.name, [_observer(tally)], tally.unit, tally.meaning)
 

@@ -21,15 +21,14 @@ from types import FrameType
 
 from shared.bus.port import Bus, CommitRefused, Delivery, Partition, Subscription
 from shared.errors import TransientError
-from shared.execution import Execution, Held, Verdict
-from shared.jobs import machine
+from shared.execution import Execution, Verdict
 from shared.jobs.machine import Fenced
 from shared.jobs.port import JobNotFound, JobStore
 from shared.retry import RetryPolicy
-from shared.schemas.job import Job
 from shared.schemas.route import LANES, topic_for
 from shared.steps import Handler
 from shared.store.port import ArtifactStore
+from shared.surroundings import Surroundings
 
 log = logging.getLogger(__name__)
 COMMIT_EVERY_S = 0.1
@@ -146,13 +145,20 @@ class Worker:
     """Runs one handler against a bus until it is told to stop."""
 
     def __init__(
-        self, handler: Handler, bus: Bus, store: ArtifactStore, jobs: JobStore, settings: WorkerSettings
+        self,
+        handler: Handler,
+        bus: Bus,
+        store: ArtifactStore,
+        jobs: JobStore,
+        settings: WorkerSettings,
+        surroundings: Surroundings | None = None,
     ) -> None:
         self._handler = handler
         self._bus = bus
         self._store = store
         self._jobs = jobs
         self._settings = settings
+        self._surroundings = surroundings or Surroundings()
         self._tasks: list[_Task] = []
         self._readers: list[_Reader] = []
         self._stopping = threading.Event()
@@ -170,6 +176,7 @@ class Worker:
                 for lane in LANES
             ]
             log.info("%s works on %s", self._settings.name, self._handler.kind)
+            self._surroundings.await_first()
             while not self._is_drained():
                 self._settle()
                 self._watch()
@@ -181,6 +188,7 @@ class Worker:
                     self._ended.wait(self._settings.watch_s)
                 self._tell_alive()
         finally:
+            self._surroundings.close()
             for task in self._tasks:
                 task.execution.stop.set()
             for reader in self._readers:
@@ -210,6 +218,11 @@ class Worker:
     @property
     def _free(self) -> int:
         return self._settings.slots - self.running
+
+    @property
+    def _is_taking(self) -> bool:
+        """Whether steps begin now; without, messages are left where they are and the membership is kept."""
+        return not self._stopping.is_set() and self._surroundings.are_there
 
     def _is_drained(self) -> bool:
         if not self._stopping.is_set():
@@ -261,7 +274,7 @@ class Worker:
                 continue
             try:
                 task.execution.report()
-                job = self._renew(held) if self._renews(task, now) else self._jobs.get(held.job_id)
+                job = task.execution.keep(held)
             except (Fenced, JobNotFound):
                 task.execution.stop.set()
             except TransientError as error:
@@ -271,21 +284,9 @@ class Worker:
                 if job.cancel_requested:
                     task.execution.stop.set()
 
-    def _renew(self, held: Held) -> Job:
-        return machine.apply(
-            self._jobs, held.job_id, lambda job, now: machine.renew(job, held.token, self._settings.lease_s, now)
-        )
-
-    def _renews(self, task: _Task, now: float) -> bool:
-        """Whether it is time to renew, a third of the way through the lease, or only to look."""
-        due = now - task.execution.leased_at > self._settings.lease_s / 3
-        if due:
-            task.execution.leased_at = now
-        return due
-
     def _start(self) -> None:
         """Start waiting tasks while there are free slots."""
-        if self._stopping.is_set():
+        if not self._is_taking:
             return
         now = time.monotonic()
         for task in self._tasks:
@@ -301,24 +302,26 @@ class Worker:
         poll_s = self._next_wait_s()
         for reader in self._readers:
             is_full = self.running >= self._settings.slots or len(self._tasks) >= self._settings.waiting_max
-            paused = self._stopping.is_set() or is_full
+            paused = not self._is_taking or is_full
             self._take(reader, reader.poll(0.0, self._free, paused=paused))
         if self.running < self._settings.slots and not self._stopping.is_set():
-            is_full = len(self._tasks) >= self._settings.waiting_max
-            self._take(self._readers[0], self._readers[0].poll(poll_s, self._free, paused=is_full))
+            paused = not self._is_taking or len(self._tasks) >= self._settings.waiting_max
+            self._take(self._readers[0], self._readers[0].poll(poll_s, self._free, paused=paused))
         else:
             self._ended.wait(poll_s)
 
     def _next_wait_s(self) -> float:
         now = time.monotonic()
         waits = [max(task.start_at - now, 0.0) for task in self._tasks if task.thread is None]
-        full = self.running >= self._settings.slots or self._stopping.is_set()
+        full = self.running >= self._settings.slots or not self._is_taking
         running = [0.02] if self.running and not full else []
         return min([self._settings.poll_s, *([] if full else waits), *running])
 
     def _take(self, reader: _Reader, deliveries: Sequence[Delivery]) -> None:
         for delivery in deliveries:
-            execution = Execution(delivery, self._handler, self._bus, self._store, self._jobs, self._settings)
+            execution = Execution(
+                delivery, self._handler, self._bus, self._store, self._jobs, self._settings, self._surroundings
+            )
             task = _Task(delivery, reader, execution, self._ended)
             reader.began(delivery)
             reader.tasks.append(task)

@@ -154,8 +154,21 @@ def report(job: Job, token: int, fraction: float, note: str, now: float) -> Move
     return Move(moved, (_event(moved, "progress", now),))
 
 
-def advance(job: Job, token: int, now: float, metrics: Mapping[str, float] | None = None) -> Move:
+def check_held(job: Job, token: int) -> None:
+    """Raise Fenced if the token is no longer that of the current step's lease."""
+    _held(job, token)
+
+
+def advance(
+    job: Job,
+    token: int,
+    now: float,
+    metrics: Mapping[str, float] | None = None,
+    artifacts: Mapping[str, str] | None = None,
+) -> Move:
     """The current step is done: on to the next one, or the job is done (cancelled, if that was asked for).
+
+    `artifacts` are the SHA-256 sums of what it wrote, by name.
 
     The next step's message counts as queued already: should its publisher die, the message of this step comes again and
     has it published. Raises Fenced.
@@ -169,6 +182,7 @@ def advance(job: Job, token: int, now: float, metrics: Mapping[str, float] | Non
         finished_at=now,
         attempts=job.attempts,
         metrics=dict(metrics or {}),
+        artifacts=dict(artifacts or {}),
     )
     moved = _next(
         job,

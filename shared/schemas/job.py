@@ -61,7 +61,11 @@ class LeaseState(BaseModel):
 
 
 class StepTiming(BaseModel):
-    """When a finished step ran and how often it was tried; `metrics` holds what its handler measured."""
+    """When a finished step ran and how often it was tried.
+
+    `metrics` holds what its handler measured, `artifacts` the SHA-256 of each artifact that the attempt which counted
+    wrote, by name.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -71,6 +75,7 @@ class StepTiming(BaseModel):
     finished_at: float
     attempts: int
     metrics: dict[str, float] = Field(default_factory=dict)
+    artifacts: dict[str, str] = Field(default_factory=dict)
 
 
 class Job(BaseModel):

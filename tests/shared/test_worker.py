@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,13 +14,16 @@ import pytest
 from shared.bus.memory import MemoryBus
 from shared.bus.port import BusUnavailable, Delivery, Headers, ListenerFailed, Partition, Subscription
 from shared.errors import PermanentError, TransientError, UserError
+from shared.inference.port import DeadlineExceeded, InferenceUnavailable, RequestCancelled, UnknownModel
 from shared.jobs import machine
+from shared.jobs.machine import Fenced
 from shared.jobs.memory import MemoryJobStore
 from shared.publishing import publish_step
-from shared.schemas import Edit, Job, JobRequest, JobState, StepKind, topic_for
+from shared.schemas import Edit, Job, JobRequest, JobState, LeaseState, StepKind, topic_for
 from shared.schemas.route import DLQ_FAILED, DLQ_UNREADABLE
 from shared.steps import StepContext
 from shared.store.folder import FolderStore
+from shared.surroundings import Surroundings
 from shared.sweeper import Sweeper
 from tests.shared.worlds import PATIENCE_S, Crash, FakeHandler, World, until
 
@@ -147,6 +151,105 @@ def test_a_worker_that_lost_its_lease_cannot_write_the_jobs_state(world: World) 
     now = world.jobs.get(job.id)
     assert other.runs == [job.id]
     assert (now.step_index, now.last_token, now.timings) == (1, moved.last_token, moved.timings)
+
+
+def test_a_worker_that_lost_its_lease_cannot_write_artifacts(world: World) -> None:
+    """The first worker sleeps through its lease and then wants to write; the second one's artifact stands."""
+    slept, woke, refused = threading.Event(), threading.Event(), threading.Event()
+
+    def sleep(step: StepContext) -> None:
+        slept.set()
+        woke.wait(PATIENCE_S)
+        try:
+            step.write("out", b"stale")
+        except Fenced:
+            refused.set()
+            raise
+
+    job = world.submit()
+    world.work(FakeHandler(act=sleep), lease_s=0.2, watch_s=1000.0, group="first")
+    slept.wait(PATIENCE_S)
+    world.work(FakeHandler(), group="second")
+    moved = world.wait(job, at_step(1))
+    woke.set()
+    until(refused.is_set)
+    kept = world.store.get(f"jobs/{job.id}/0-tokenize/out")
+    assert kept == f"{job.id} step 0".encode()
+    assert moved.timings[0].artifacts == {"out": hashlib.sha256(kept).hexdigest()}
+
+
+def test_a_worker_notices_between_two_writes_that_its_lease_is_gone(world: World) -> None:
+    stopped = threading.Event()
+
+    def wait_to_be_stopped(step: StepContext) -> None:
+        until(step.cancelled)
+        stopped.set()
+        step.check_cancelled()
+
+    job = world.submit()
+    world.work(FakeHandler(act=wait_to_be_stopped), lease_s=1000.0)
+    world.wait(job, lambda job: job.lease is not None)
+    taken = world.jobs.get(job.id)
+    world.jobs.replace(
+        taken.model_copy(update={"last_token": 9, "lease": LeaseState(owner="x", token=9, expires_at=0)})
+    )
+    until(stopped.is_set)
+
+
+def test_an_outage_of_the_models_costs_no_attempt_however_long_it_is(world: World) -> None:
+    """The model server goes away in the middle of a step, for longer than all attempts together would take."""
+    there = threading.Event()
+    there.set()
+
+    def infer(step: StepContext) -> None:
+        if len(handler.runs) == 1:
+            there.clear()
+        if not there.is_set():
+            raise InferenceUnavailable("The model server is away.")
+
+    handler = FakeHandler(act=infer)
+    first, second = world.submit(), world.submit()
+    world.work(handler, surroundings=Surroundings(there.is_set, every_s=0.01))
+    until(lambda: handler.runs)
+    time.sleep(1.5)
+    assert len(handler.runs) == 1, "steps began although the models were away"
+    assert world.jobs.get(handler.runs[0]).attempts == 0
+    there.set()
+    assert [world.wait(job, at_step(1)).timings[0].attempts for job in (first, second)] == [1, 1]
+    assert world.dead_letters(DLQ_FAILED) == []
+
+
+def test_a_worker_takes_nothing_before_its_models_are_there(world: World) -> None:
+    there, handler = threading.Event(), FakeHandler()
+    job = world.submit()
+    world.work(handler, surroundings=Surroundings(there.is_set, every_s=0.01))
+    time.sleep(0.3)
+    assert handler.runs == []
+    there.set()
+    world.wait(job, at_step(1))
+
+
+def test_models_that_never_come_back_end_jobs_with_the_reason(world: World) -> None:
+    def fail(step: StepContext) -> None:
+        raise UnknownModel("No model 'tokenizer' is served here.")
+
+    job = world.submit()
+    world.work(FakeHandler(act=fail), surroundings=Surroundings(lambda: False, patience_s=0.2, every_s=0.01))
+    ended = world.wait_end(job)
+    assert ended.error is not None
+    assert ended.error.code == "unknown_model"
+
+
+@pytest.mark.parametrize("error", [RequestCancelled("The request was cancelled."), DeadlineExceeded("Too late.")])
+def test_a_model_server_that_breaks_a_call_off_by_itself_has_it_tried_again(world: World, error: Exception) -> None:
+    def break_off_once(step: StepContext) -> None:
+        if len(handler.runs) == 1:
+            raise error
+
+    handler = FakeHandler(act=break_off_once)
+    job = world.submit()
+    world.work(handler)
+    assert world.wait(job, at_step(1)).timings[0].attempts == 2
 
 
 def test_a_worker_that_works_long_keeps_its_lease(world: World) -> None:

@@ -15,6 +15,7 @@ from shared.retry import RetryPolicy
 from shared.schemas import Edit, Job, JobRequest, StepKind
 from shared.steps import StepContext
 from shared.store.folder import FolderStore
+from shared.surroundings import Surroundings
 from shared.worker import Worker, WorkerSettings
 
 FAST = WorkerSettings(
@@ -57,9 +58,15 @@ class World:
     workers: list[tuple[Worker, threading.Thread]] = field(default_factory=list)
     crashes: list[BaseException] = field(default_factory=list)
 
-    def work(self, handler: FakeHandler, bus: MemoryBus | None = None, **changes: object) -> Worker:
+    def work(
+        self,
+        handler: FakeHandler,
+        bus: MemoryBus | None = None,
+        surroundings: Surroundings | None = None,
+        **changes: object,
+    ) -> Worker:
         settings = replace(FAST, name=f"worker-{len(self.workers)}", **changes)  # type: ignore[arg-type]
-        worker = Worker(handler, bus or self.bus, self.store, self.jobs, settings)
+        worker = Worker(handler, bus or self.bus, self.store, self.jobs, settings, surroundings)
 
         def run() -> None:
             try:
