@@ -34,6 +34,7 @@ from shared.inference.port import (
     Tensors,
 )
 from shared.models.flow import flow_noise
+from shared.settings import from_environment
 
 MAX_STEPS, MAX_CFG, MAX_SEED = 1000, 100.0, 2**63
 
@@ -64,7 +65,7 @@ class DecoderModel:
         self, checkpoint: Checkpoint, *, device: str | None = None, settings: DecoderSettings | None = None
     ) -> None:
         """Load the checkpoint's flow and vocoder. `device` overrules the settings'."""
-        self.settings = settings = settings or DecoderSettings()
+        self.settings = settings = settings or from_environment(DecoderSettings)
         self.device = torch.device(device or settings.device)
         self.flow = load_flow(checkpoint, dtype=_flow_dtype(settings.dtype, self.device), device=self.device)
         self.vocoder = load_vocoder(checkpoint, dtype=getattr(torch, settings.vocoder_dtype), device=self.device)

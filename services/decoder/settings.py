@@ -9,11 +9,13 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class DecoderSettings(BaseSettings):
     """Where and how flow and vocoder run, and what they accept."""
 
-    model_config = SettingsConfigDict(env_prefix="EDITX_DECODER_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="EDITX_DECODER_", env_ignore_empty=True, frozen=True)
 
     device: str = Field(default="cpu", description="Device of both models: cpu, cuda, cuda:0.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="Of the flow. auto: bfloat16 on GPUs and on CPUs with instructions for it."
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Of the flow. auto: bfloat16 on GPUs and on CPUs with instructions for it, else float32: without "
+        "such instructions half precision is many times slower.",
     )
     vocoder_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",

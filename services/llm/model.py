@@ -22,8 +22,9 @@ from shared.errors import UserError
 from shared.inference.port import InferenceRequest, Parameters, Tensors
 from shared.models.step1 import Step1Config
 from shared.prompts import TextTokenizer
+from shared.settings import from_environment
 
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class LlmModel:
@@ -40,7 +41,7 @@ class LlmModel:
         self, checkpoint: Checkpoint, *, device: str | None = None, settings: LlmSettings | None = None
     ) -> None:
         """Load the checkpoint's language model. `device` overrules the settings'."""
-        chosen = settings or LlmSettings()
+        chosen = settings or from_environment(LlmSettings)
         make = _vllm_engine if chosen.engine == "vllm" else _builtin_engine
         self.engine = make(checkpoint, device or chosen.device, chosen)
         temperature = checkpoint.metadata.temperature

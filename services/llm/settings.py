@@ -9,14 +9,15 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class LlmSettings(BaseSettings):
     """Where and how the language model runs, and what it accepts."""
 
-    model_config = SettingsConfigDict(env_prefix="EDITX_LLM_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="EDITX_LLM_", env_ignore_empty=True, frozen=True)
 
     engine: Literal["builtin", "vllm"] = Field(
         default="builtin", description="What runs the model. vllm: for GPUs, where the package is installed."
     )
     device: str = Field(default="cpu", description="Device of the model: cpu, cuda, cuda:0.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="Of weights and cache. auto: bfloat16 on GPUs and on CPUs with instructions for it."
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Of weights and cache. auto: bfloat16 on GPUs and on CPUs with instructions for it, else float32.",
     )
     quantize: Literal["none", "int8"] = Field(
         default="none", description="int8 halves the weights and speeds up small batches on CPUs."

@@ -36,7 +36,7 @@ ENVIRONMENT = {
 class VllmSettings:
     """What only vLLM needs to know. `cache_gib` 0: the keys and values get what `memory_share` leaves."""
 
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     memory_share: float = 0.9
     cache_gib: float = 0.0
 

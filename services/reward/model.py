@@ -13,6 +13,7 @@ from shared.checkpoints.reward import load_reward, reward_folder
 from shared.checkpoints.step1 import load_text_tokenizer
 from shared.errors import UserError
 from shared.inference.port import InferenceRequest, Tensors
+from shared.settings import from_environment
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -30,7 +31,7 @@ class RewardModel:
         self, checkpoint: Checkpoint, *, device: str | None = None, settings: RewardSettings | None = None
     ) -> None:
         """Load the checkpoint's reward model; MissingComponent where it has none. `device` overrules the settings'."""
-        self._settings = settings or RewardSettings()
+        self._settings = settings or from_environment(RewardSettings)
         chosen = device or self._settings.device
         self.model, self.aggregate = load_reward(checkpoint, dtype=DTYPES[self._settings.dtype], device=chosen)
         self._tokenizer = load_text_tokenizer(Checkpoint(reward_folder(checkpoint)))

@@ -9,7 +9,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class RewardSettings(BaseSettings):
     """Where and how the reward model runs."""
 
-    model_config = SettingsConfigDict(env_prefix="EDITX_REWARD_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="EDITX_REWARD_", env_ignore_empty=True, frozen=True)
 
     device: str = Field(default="cpu", description="Device of the model: cpu, cuda, cuda:0.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="Of the weights.")

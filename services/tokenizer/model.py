@@ -27,6 +27,7 @@ from shared.checkpoints.layout import Checkpoint
 from shared.checkpoints.tokenizer import RATE_HZ, load_linguistic, load_mel_config, load_semantic, load_speaker
 from shared.errors import UserError
 from shared.inference.port import InferenceRequest, InferenceUnavailable, Tensors
+from shared.settings import from_environment
 from shared.tallies import looked_up
 
 
@@ -61,7 +62,7 @@ class TokenizerModel:
     def __init__(
         self, checkpoint: Checkpoint, *, device: str | None = None, settings: TokenizerSettings | None = None
     ) -> None:
-        self.settings = settings = settings or TokenizerSettings()
+        self.settings = settings = settings or from_environment(TokenizerSettings)
         threads, device = settings.onnx_threads, device or settings.device
         self.linguistic = load_linguistic(checkpoint, device=device, dtype=getattr(torch, settings.dtype))
         self.semantic = load_semantic(checkpoint, device=device, threads=threads)

@@ -9,7 +9,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class TokenizerSettings(BaseSettings):
     """Where and how the tokenizer's models run, and what it accepts."""
 
-    model_config = SettingsConfigDict(env_prefix="EDITX_TOKENIZER_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="EDITX_TOKENIZER_", env_ignore_empty=True, frozen=True)
 
     device: str = Field(default="cpu", description="Device of the models: cpu, cuda, cuda:0.")
     dtype: Literal["float32", "bfloat16"] = Field(

@@ -1,7 +1,7 @@
 """The decoder model: the official waveform end to end, batches, seeds, and isolation of bad requests."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -153,9 +153,12 @@ def test_batches_hold_requests_of_one_kind_and_similar_size_within_the_limit() -
     assert sorted(batches) == [[1, 0, 3], [4, 2], [5], [6]]
 
 
-def test_lower_precision_stays_near_float32(model: DecoderModel, asked: InferenceRequest) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lower_precision_stays_near_float32(
+    model: DecoderModel, asked: InferenceRequest, dtype: Literal["bfloat16", "float16"]
+) -> None:
     """Measured on random weights: the waveform's error is 40 dB below the signal; HiFT's noise is the same."""
-    half = DecoderModel(module.Checkpoint.resolve(GOLDEN), settings=DecoderSettings(dtype="bfloat16"))
-    assert half.flow.encoder_proj.weight.dtype == torch.bfloat16
+    half = DecoderModel(module.Checkpoint.resolve(GOLDEN), settings=DecoderSettings(dtype=dtype))
+    assert half.flow.encoder_proj.weight.dtype == getattr(torch, dtype)
     wanted, found = (audio(one.infer([asked])[0]) for one in (model, half))
     assert 10 * np.log10(wanted.var() / (wanted - found).var()) > 30

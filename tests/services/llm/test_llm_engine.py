@@ -44,7 +44,12 @@ def make_engine() -> Iterator[MakeEngine]:
 @pytest.fixture(scope="module")
 def variants(tiny: Step1) -> dict[str, Step1]:
     half = copy.deepcopy(tiny).to(torch.bfloat16)
-    return {"float32": tiny, "bfloat16": half, "int8": quantize_int8(copy.deepcopy(half))}  # type: ignore[dict-item]
+    return {
+        "float32": tiny,
+        "bfloat16": half,
+        "float16": copy.deepcopy(tiny).to(torch.float16),
+        "int8": quantize_int8(copy.deepcopy(half)),  # type: ignore[dict-item]
+    }
 
 
 def prompt_of(seed: int, length: int) -> np.ndarray:
@@ -56,7 +61,7 @@ def ask(seed: int, length: int = 40, **settings: float) -> Generation:
     return Generation(prompt_of(seed, length), chosen)
 
 
-@pytest.mark.parametrize("variant", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("variant", ["float32", "bfloat16", "float16", "int8"])
 def test_a_sequence_is_the_same_alone_in_a_batch_and_after_prefix_reuse(
     variants: dict[str, Step1], make_engine: MakeEngine, variant: str
 ) -> None:

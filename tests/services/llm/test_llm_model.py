@@ -91,6 +91,12 @@ def test_settings_come_from_the_environment_and_are_checked(monkeypatch: pytest.
         LlmSettings(slots=0)
 
 
+def test_a_wrong_setting_is_the_operator_s_error(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDITX_LLM_QUANTIZE", "int4")
+    with pytest.raises(UserError, match="EDITX_LLM_QUANTIZE is 'int4'"):
+        LlmModel(checkpoint)
+
+
 def test_a_checkpoint_without_a_language_model_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(MissingComponent, match=r"config\.json"):
         LlmModel(Checkpoint.resolve(tmp_path))
