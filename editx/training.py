@@ -127,11 +127,12 @@ def engine_rollouts(request: Request) -> Rollouts:
     return EngineRollouts(load_step1(request.base, device=request.device), request.vocabulary, settings)
 
 
-def training_place(folder: Path, store: ArtifactStore, device: str, observer: Observer) -> Place:
-    """Where a training command works, with every source of rollouts and scores."""
+def training_place(folder: Path, store: ArtifactStore, device: str, observer: Observer, served: Served) -> Place:
+    """Where a training command works, with every source of rollouts and scores, and what decodes for a judge."""
     settings = TrainerSettings()
     return Place(
         folder, store, device, observer,
         {"local": local_rollouts, "engine": engine_rollouts, "pool": pool_rollouts(settings)},
         {"local": local_scorer, "pool": pool_scorer(settings)},
+        lambda checkpoint, device: served(checkpoint.root, device),
     )  # fmt: skip

@@ -29,10 +29,20 @@ JudgeUrlOption = Annotated[
     str, typer.Option("--judge-url", envvar="EDITX_JUDGE_URL", help="Address of the judge's API.")
 ]
 JudgeKeyOption = Annotated[str, typer.Option("--judge-key", envvar="EDITX_JUDGE_KEY", help="Key of the judge's API.")]
-JudgeRateOption = Annotated[float, typer.Option("--judge-rate", help="Calls to the judge's API in a minute, at most.")]
-JudgeCostOption = Annotated[float, typer.Option("--judge-cost", help="What a call costs, in any currency.")]
+JudgeRateOption = Annotated[
+    float,
+    typer.Option("--judge-rate", envvar="EDITX_JUDGE_RATE", help="Calls to the judge's API in a minute, at most."),
+]
+JudgeCostOption = Annotated[
+    float, typer.Option("--judge-cost", envvar="EDITX_JUDGE_COST", help="What a call costs, in any currency.")
+]
 JudgeBudgetOption = Annotated[
-    float | None, typer.Option("--judge-budget", help="What all calls may cost; then the run stops and can go on.")
+    float | None,
+    typer.Option(
+        "--judge-budget",
+        envvar="EDITX_JUDGE_BUDGET",
+        help="What all calls may cost; then the run stops, to go on later.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document per run on standard output.")]
 PictureOption = Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,6 +33,10 @@ Scores = Annotated[str, typer.Option(help="Who scores them: local, or pool (EDIT
 Hardest = Annotated[float, typer.Option(help=(
     "Share of the prompts that is trained on: those whose answers by the base get the lowest rewards."
 ))]  # fmt: skip
+HeldOutJudge = Annotated[str | None, typer.Option("--judge", help=(
+    "Watch the answers to held-out prompts: a judge file of `eval fit-judge`, gemini:MODEL or openai:MODEL "
+    "(EDITX_JUDGE_URL, _KEY, _RATE, _COST, _BUDGET)."
+))]  # fmt: skip
 Gate = Annotated[list[str] | None, typer.Option(help="Lowest value of a measure to publish, e.g. accuracy=0.8.")]
 
 
@@ -56,14 +60,15 @@ def reward(
 
 @app.command()
 def ppo(
-    data: Data, out: Out, judge: Annotated[str, typer.Option("--reward", help="Checkpoint of the reward model.")],
+    data: Data, out: Out, reward: Annotated[str, typer.Option(help="Checkpoint of the reward model.")],
     base: Base = "nano", held_out: HeldOut = None, rollouts: Rollouts = "engine", scores: Scores = "local",
-    hardest_share: Hardest = 1.0,
+    hardest_share: Hardest = 1.0, judge: HeldOutJudge = None,
     config: Config = None, entries: Set = None, publish: Publish = None, gate: Gate = None,
     device: options.DeviceOption = "cpu",
 ) -> None:  # fmt: skip
     """PPO against a reward model, from an SFT checkpoint and prompts (rows of any data set)."""
-    settings = _settings(base, data, held_out, judge, config, entries, publish, gate, rollouts, scores, hardest_share)
+    settings = _settings(base, data, held_out, reward, config, entries, publish, gate, rollouts, scores, hardest_share,
+                         judge)  # fmt: skip
     _run("ppo", settings, out, device)
 
 
@@ -130,16 +135,16 @@ def post(
 def submit(
     recipe: Annotated[str, typer.Argument(help="sft, reward or ppo.")],
     data: Data, base: Base = "nano", held_out: HeldOut = None,
-    judge: Annotated[str | None, typer.Option("--reward", help="Checkpoint of the reward model, for ppo.")] = None,
-    rollouts: Rollouts = "local", scores: Scores = "local", hardest_share: Hardest = 1.0,
+    reward: Annotated[str | None, typer.Option(help="Checkpoint of the reward model, for ppo.")] = None,
+    rollouts: Rollouts = "local", scores: Scores = "local", hardest_share: Hardest = 1.0, judge: HeldOutJudge = None,
     config: Config = None, entries: Set = None, publish: Publish = None, gate: Gate = None,
 ) -> None:  # fmt: skip
     """Send a training job to the hosted system (EDITX_BUS_URL, EDITX_JOBS_URL, EDITX_STORE_URL) and print its id.
 
-    Data sets that are folders here are put into the artifact store, where every worker finds them.
+    Data sets that are folders here, and a judge's file, are put into the artifact store, where every worker finds them.
     """
     from services.trainer.data.manifest import Dataset
-    from services.trainer.jobs import check_gate
+    from services.trainer.jobs import check_gate, publish_judge
     from shared.jobs import machine
     from shared.publishing import publish_step
     from shared.schemas import JobRequest
@@ -147,14 +152,18 @@ def submit(
     from shared.service import ServiceSettings
     from shared.wiring import open_bus, open_jobs, open_store
 
-    settings = _settings(base, data, held_out, judge, config, entries, publish, gate, rollouts, scores, hardest_share)
+    settings = _settings(base, data, held_out, reward, config, entries, publish, gate, rollouts, scores, hardest_share,
+                         judge)  # fmt: skip
     check_gate(recipe, settings)
     surroundings = ServiceSettings()
     local = {name: Path(source) for name in ("dataset", "held_out")
              if (source := getattr(settings, name)) and Path(source).exists()}  # fmt: skip
-    if local:
+    heard = settings.judge is not None and Path(settings.judge).is_file()
+    if local or heard:
         store = open_store(surroundings.store_url)
         stored = {name: Dataset.load(path).publish(store) for name, path in local.items()}
+        if settings.judge is not None and heard:
+            stored["judge"] = publish_judge(Path(settings.judge), store)
         settings = settings.model_copy(update=stored)
     bus, jobs = open_bus(surroundings.bus_url), open_jobs(surroundings.jobs_url)
     training = TrainingRequest(recipe=recipe, settings=settings.model_dump(mode="json"))
@@ -166,9 +175,9 @@ def submit(
 
 
 def _settings(
-    base: str, data: str, held_out: str | None, judge: str | None, config: Path | None, entries: list[str] | None,
+    base: str, data: str, held_out: str | None, reward: str | None, config: Path | None, entries: list[str] | None,
     publish: str | None, gate: list[str] | None, rollouts: str = "local", scores: str = "local",
-    hardest_share: float = 1.0,
+    hardest_share: float = 1.0, judge: str | None = None,
 ) -> TrainingSettings:  # fmt: skip
     from services.trainer.core.configs import parse_assignments, read_config
     from services.trainer.jobs import parse_settings
@@ -176,8 +185,8 @@ def _settings(
     merged: dict[str, Any] = read_config(config) if config else {}
     _merge(merged, parse_assignments(entries or []))
     return parse_settings({
-        "base": base, "dataset": data, "held_out": held_out, "reward": judge, "config": merged, "publish": publish,
-        "gate": parse_assignments(gate or []), "rollouts": rollouts, "scores": scores,
+        "base": base, "dataset": data, "held_out": held_out, "reward": reward, "judge": judge, "config": merged,
+        "publish": publish, "gate": parse_assignments(gate or []), "rollouts": rollouts, "scores": scores,
         "hardest_share": hardest_share,
     })  # fmt: skip
 
@@ -194,7 +203,7 @@ def _run(recipe: str, settings: TrainingSettings, out: Path, device: str) -> Non
     """Train in this process (or this group of processes under torchrun), then publish if asked."""
     import os
 
-    from editx.training import training_place
+    from editx.training import Served, training_place
     from services.trainer.core.runs import Bar, Silent, write_json
     from services.trainer.jobs import carry_out, publish
     from shared.checkpoints.layout import checkpoints_home
@@ -205,8 +214,8 @@ def _run(recipe: str, settings: TrainingSettings, out: Path, device: str) -> Non
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     store = open_store(os.environ.get("EDITX_STORE_URL") or f"file://{(out / 'store').absolute()}")
-    with _measured():
-        measures = carry_out(recipe, settings, training_place(out, store, device, observer))
+    with _measured(), closing(Served()) as served:
+        measures = carry_out(recipe, settings, training_place(out, store, device, observer, served))
     if rank == 0:
         write_json(out / "measures.json", measures)
         live = publish(settings, measures, out, checkpoints_home())

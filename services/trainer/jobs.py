@@ -3,14 +3,17 @@
 Settings: "base" (checkpoint), "dataset" (a prefix in the artifact store or a folder), "held_out" (the same, for the
 measures), "config" (entries of the stage's dataclass), for ppo "reward" (checkpoint of the reward model), "rollouts"
 and "scores" (where they come from) and "hardest_share" (train on the prompts whose answers by the base score lowest);
-"publish" (name of the new checkpoint) and "gate" ({measure: lowest value}) for publishing. Knows no bus.
+"judge" (a file of the acoustic judge, by path or key in the store, or gemini:MODEL, openai:MODEL) watches ppo's answers
+to held_out beside the reward; "publish" (name of the new checkpoint) and "gate" ({measure: lowest value}) for
+publishing. Knows no bus.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -26,6 +29,11 @@ from services.trainer.core.runs import Observer
 from services.trainer.core.sampling import Vocabulary
 from services.trainer.data.manifest import Dataset, fetch
 from services.trainer.data.rows import Row, reason
+from services.trainer.evaluate.acoustic import AcousticJudge
+from services.trainer.evaluate.asking import JudgeSettings, is_remote
+from services.trainer.evaluate.hearing import Hearing
+from services.trainer.evaluate.remote import Judge
+from services.trainer.evaluate.system import PortSystem
 from services.trainer.ppo.config import PpoConfig
 from services.trainer.ppo.rollouts import Scorer
 from services.trainer.ppo.sources import MakeRollouts, MakeScorer, Request, local_rollouts, local_scorer
@@ -33,9 +41,11 @@ from services.trainer.ppo.trainer import PpoTrainer, as_critic, hardest, prompts
 from services.trainer.reward.trainer import RewardConfig, RewardTrainer
 from services.trainer.sft.trainer import SftConfig, SftTrainer, evaluate_loss
 from shared.checkpoints.layout import Checkpoint
+from shared.checkpoints.manifest import sha256
 from shared.checkpoints.reward import FOLDER, load_reward, reward_folder
 from shared.checkpoints.step1 import load_step1, load_text_tokenizer
 from shared.errors import PermanentError, UserError
+from shared.inference.port import Inference
 from shared.prompts import TextTokenizer
 from shared.store.port import ArtifactStore
 
@@ -49,6 +59,7 @@ class TrainingSettings(BaseModel):
     dataset: str
     held_out: str | None = None
     reward: str | None = None
+    judge: str | None = None
     rollouts: Literal["local", "engine", "pool"] = "local"
     scores: Literal["local", "pool"] = "local"
     hardest_share: float = Field(default=1.0, gt=0, le=1)
@@ -73,11 +84,25 @@ class Place:
     observer: Observer
     rollouts: Mapping[str, MakeRollouts] = field(default_factory=lambda: {"local": local_rollouts})
     scorers: Mapping[str, MakeScorer] = field(default_factory=lambda: {"local": local_scorer})
+    serve: Callable[[Checkpoint, str], Inference] | None = None
+    """The models "tokenizer" and "decoder" of a checkpoint on a device, for a judge."""
 
     def dataset(self, source: str) -> Dataset:
         """A data set by folder, or by prefix in the store."""
         path = Path(source)
         return Dataset.load(path) if path.exists() else fetch(self.store, source, self.folder)
+
+    def judge(self, name: str) -> tuple[Judge, str]:
+        """A judge by its file, by the file's key in the store, or by its model; and what it is, in a hash or name."""
+        cache = self.folder / "judge-cache"
+        if is_remote(name):
+            return JudgeSettings().open(name, cache), name
+        path = Path(name)
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / "judge.json"
+            path.write_bytes(self.store.get(name))
+        return JudgeSettings().open(str(path), cache), sha256(path)
 
 
 Measures = dict[str, float]
@@ -89,7 +114,18 @@ MEASURED: dict[str, tuple[str, ...]] = {
     "reward": ("accuracy", "standard_error", "calibration_error"),
     "ppo": ("watched_reward_gain",),
 }
-"""What each recipe measures on held_out; reward also "accuracy GROUP" for every group of its pairs."""
+"""What each recipe measures on held_out; reward also "accuracy GROUP" for every group of its pairs, and ppo JUDGE_GAIN
+where it has a judge."""
+JUDGE_GAIN = "judge_gain"
+
+
+def publish_judge(path: Path, store: ArtifactStore) -> str:
+    """Put a judge's file into the store; its key there. Raises UserError for a file that is none."""
+    AcousticJudge.load(path)
+    content = path.read_bytes()
+    key = f"judges/{hashlib.sha256(content).hexdigest()}.json"
+    store.put(key, content, content_type="application/json")
+    return key
 
 
 def parse_settings(settings: Mapping[str, Any]) -> TrainingSettings:
@@ -107,10 +143,14 @@ def check_gate(recipe: str, settings: TrainingSettings) -> None:
     if settings.gate and settings.held_out is None:
         raise UserError(f"The gate asks for {', '.join(settings.gate)}, which is measured on held-out data.",
                         "Give held_out, or no gate.", "invalid_training")  # fmt: skip
+    if settings.judge is not None and (recipe != "ppo" or settings.held_out is None):
+        raise UserError("A judge watches ppo's answers to held_out prompts.",
+                        "Give held_out to a ppo job, or no judge.", "invalid_training")  # fmt: skip
+    measured = MEASURED[recipe] + ((JUDGE_GAIN,) if settings.judge is not None else ())
     for name in settings.gate:
-        if name not in MEASURED[recipe] and not (recipe == "reward" and name.startswith(GROUP_ACCURACY)):
+        if name not in measured and not (recipe == "reward" and name.startswith(GROUP_ACCURACY)):
             raise UserError(f"The gate asks for {name}, which {recipe} does not measure.",
-                            f"Measured: {', '.join(MEASURED[recipe])}.", "invalid_training")  # fmt: skip
+                            f"Measured: {', '.join(measured)}.", "invalid_training")  # fmt: skip
 
 
 def carry_out(recipe: str, settings: TrainingSettings, place: Place) -> Measures:
@@ -160,14 +200,14 @@ def _sft(settings: TrainingSettings, place: Place) -> Measures:
     tokenizer = load_text_tokenizer(base)
     model = load_step1(base, dtype=torch.float32, device=place.device)
     data, held_out = _read(settings, place, base, dataset)
-    before = evaluate_loss(model, tokenizer, held_out, config) if held_out else 0.0
+    before = evaluate_loss(model, tokenizer, held_out.rows, config) if held_out.rows else 0.0
     trainer = SftTrainer(model, tokenizer, dataset.rows, config, place.folder / "run",
                          data=data, observer=place.observer)  # fmt: skip
     trainer.train()
     _write(settings, place, base, trainer.state(), "sft", dataset, trainer.group)
-    if not held_out:
+    if not held_out.rows:
         return {}
-    after = evaluate_loss(trainer.model, tokenizer, held_out, config)
+    after = evaluate_loss(trainer.model, tokenizer, held_out.rows, config)
     return {"held_out_loss": after, "loss_gain": before - after}
 
 
@@ -186,9 +226,9 @@ def _reward(settings: TrainingSettings, place: Place) -> Measures:
     trainer.save(base, target / FOLDER)
     if trainer.group.is_main:
         write_sums(target)
-    if not held_out:
+    if not held_out.rows:
         return {}
-    report = trainer.evaluate(held_out, tokenizer)
+    report = trainer.evaluate(held_out.rows, tokenizer)
     trainer.run.note(HELD_OUT_REPORT, report)
     groups = {f"{GROUP_ACCURACY}{name}": group["accuracy"] for name, group in report["groups"].items()}
     return {name: report[name] for name in MEASURED["reward"]} | groups
@@ -199,7 +239,8 @@ def _ppo(settings: TrainingSettings, place: Place) -> Measures:
         raise UserError("A ppo job needs reward: the checkpoint of the reward model.", code="invalid_training")
     base, scored = Checkpoint.resolve(settings.base), Checkpoint.resolve(settings.reward)
     dataset = place.dataset(settings.dataset)
-    data, held_out = _read(settings, place, base, dataset)
+    data, watched = _read(settings, place, base, dataset)
+    judge = _hearing(settings, place, base, watched, data)
     data["reward"] = weights_hash(reward_folder(scored).glob("*.safetensors"))
     config = with_entries(PpoConfig(), _loop(settings, place))
     tokenizer = load_text_tokenizer(base)
@@ -216,8 +257,8 @@ def _ppo(settings: TrainingSettings, place: Place) -> Measures:
     try:
         trainer = PpoTrainer(
             actor, as_critic(critic), reference, prompts_of(tokenizer, rows, config), rollouts, scorer,
-            vocabulary, config, place.folder / "run", watched=prompts_of(tokenizer, held_out, config),
-            data=data, observer=place.observer,
+            vocabulary, config, place.folder / "run", watched=prompts_of(tokenizer, watched.rows, config),
+            judge=judge, data=data, observer=place.observer,
         )  # fmt: skip
         if settings.hardest_share < 1:
             trainer.run.note(PROMPTS, {"share": settings.hardest_share, "ids": [row.id for row in rows]})
@@ -230,13 +271,28 @@ def _ppo(settings: TrainingSettings, place: Place) -> Measures:
 
 def _read(
     settings: TrainingSettings, place: Place, base: Checkpoint, dataset: Dataset
-) -> tuple[dict[str, str], Sequence[Row]]:  # fmt: skip
-    """Hashes of what every recipe reads, and the held-out rows."""
+) -> tuple[dict[str, str], Dataset]:  # fmt: skip
+    """Hashes of what every recipe reads, and the held-out set, without rows where there is none."""
     data = {"dataset": dataset.content_hash, "base": weights_hash(base.step1_files)}
     if settings.held_out is None:
-        return data, ()
+        return data, Dataset("none", ())
     held_out = place.dataset(settings.held_out)
-    return data | {"held_out": held_out.content_hash}, held_out.rows
+    return data | {"held_out": held_out.content_hash}, held_out
+
+
+def _hearing(
+    settings: TrainingSettings, place: Place, base: Checkpoint, watched: Dataset, data: dict[str, str]
+) -> Hearing | None:  # fmt: skip
+    """The held-out judge, where there is one; what it is goes to the hashes of what the run reads."""
+    if settings.judge is None:
+        return None
+    if place.serve is None:
+        raise UserError("A judge needs the models that decode what it is to hear, and none are here.",
+                        "Set EDITX_TRAINER_REWARD_URL to a server of tokenizer, decoder and reward.",
+                        "invalid_training")  # fmt: skip
+    judge, data["judge"] = place.judge(settings.judge)
+    system = PortSystem(place.serve(base, place.device), load_text_tokenizer(base))
+    return Hearing(watched, system, judge)
 
 
 def _hardest(

@@ -23,4 +23,7 @@ class TrainerSettings(BaseSettings):
     pool_folder: Path | None = Field(
         default=None, description="Folder of their weights; they load from the link `current` in it."
     )
-    reward_url: str = Field(default="", description="A server of the reward model, for PPO's scores.")
+    reward_url: str = Field(
+        default="",
+        description="A server of the reward model for PPO's scores, and of tokenizer and decoder for its judge.",
+    )

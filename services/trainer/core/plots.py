@@ -60,6 +60,22 @@ def draw_histograms(groups: Mapping[str, Sequence[float]], target: Path, title: 
     _save(pyplot, figure, target)
 
 
+def draw_checks(checks: Sequence[Mapping[str, float]], target: Path) -> None:
+    """The held-out reward and the judge's score over the same steps: where the curves part, the reward is hacked."""
+    pyplot = _pyplot()
+    if pyplot is None or not checks:
+        return
+    figure, axis = pyplot.subplots(figsize=(6, 3.2))
+    steps, lines = [one["step"] for one in checks], []
+    for place, name, color in ((axis, "reward", "tab:blue"), (axis.twinx(), "judge", "tab:orange")):
+        lines += place.plot(steps, [one[name] for one in checks], marker="o", color=color, label=name)
+        place.set_ylabel(name, color=color, fontsize=9)
+    axis.set_xlabel("step", fontsize=9)
+    axis.set_title("reward and judge on held-out prompts", fontsize=10)
+    axis.legend(handles=lines, fontsize=8)
+    _save(pyplot, figure, target)
+
+
 def draw_overview(
     bars: Mapping[str, Mapping[str, float]], spreads: Mapping[str, Mapping[str, Sequence[float]]], target: Path,
     title: str, most: int = 12,

@@ -1,12 +1,17 @@
-"""Which judge a name stands for: a file of the acoustic judge, or a model behind an API with its rate and budget."""
+"""Which judge a name stands for: a file of the acoustic judge, or a model behind an API with its rate and budget.
+
+A training takes what asking an API may cost from the environment, since its settings travel with the job.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
 from services.trainer.evaluate.acoustic import AcousticJudge
-from services.trainer.evaluate.remote import Api, HttpJudge, Judge
+from services.trainer.evaluate.remote import API_KINDS, Api, HttpJudge, Judge
 from services.trainer.evaluate.runner import OfflineJudge
 from shared.errors import UserError
 
@@ -20,10 +25,31 @@ class Cost:
     budget: float | None = None
 
 
+class JudgeSettings(BaseSettings):
+    """Where a training's judge listens and what it may cost, by environment variables that begin with EDITX_JUDGE_."""
+
+    model_config = SettingsConfigDict(env_prefix="EDITX_JUDGE_", env_ignore_empty=True, frozen=True)
+
+    url: str = ""
+    key: str = ""
+    rate: float = 60.0
+    cost: float = 0.0
+    budget: float | None = None
+
+    def open(self, name: str, cache: Path) -> Judge:
+        """The judge of a name. Raises UserError as `open_judge` does."""
+        return open_judge(name, cache, url=self.url, key=self.key, cost=Cost(self.rate, self.cost, self.budget))
+
+
+def is_remote(name: str) -> bool:
+    """Whether a name stands for a model behind an API rather than for a file."""
+    return name.partition(":")[0] in API_KINDS
+
+
 def open_judge(name: str, cache: Path, *, url: str = "", key: str = "", cost: Cost | None = None) -> Judge:
     """The judge of "FILE", "gemini:MODEL" or "openai:MODEL". Raises UserError where something is missing."""
-    kind, separator, model = name.partition(":")
-    if not separator:
+    kind, _, model = name.partition(":")
+    if not is_remote(name):
         return OfflineJudge(AcousticJudge.load(Path(name)))
     if not url or not key:
         raise UserError("A remote judge needs an address and a key.", "Set EDITX_JUDGE_URL and EDITX_JUDGE_KEY.")

@@ -30,6 +30,7 @@ from services.trainer.core.objectives import (
     value_loss,
     whiten,
 )
+from services.trainer.core.plots import draw_checks
 from services.trainer.core.runs import Observer, TrainingRun, read_log
 from services.trainer.core.sampling import Ids, Sequences, Vocabulary, bounds_for, log_probs, sequences
 from services.trainer.core.schedules import cosine, set_lr
@@ -51,6 +52,7 @@ from shared.models.reward import Step1Reward
 from shared.models.step1 import Step1
 from shared.prompts import TextTokenizer
 
+CHECKS_PICTURE = "reward_and_judge.png"
 Judge = Callable[[Sequence[int], Sequence[Codes]], float]
 """Held-out judge: which of the watched prompts, their answers -> mean score, 0 to 1."""
 
@@ -122,10 +124,17 @@ class PpoTrainer:
                     facts = self._step(step)
                 except Runaway:
                     run.save()
+                    self._note_checks()
                     raise
                 run.finish_step(facts)
-            run.note("checks.json", self.watch.checks)
+            self._note_checks()
         return self.actor.eval()
+
+    def _note_checks(self) -> None:
+        """Keep the judge's checks beside the reward's, as numbers and drawn over the same steps."""
+        self.run.note("checks.json", self.watch.checks)
+        if self.group.is_main:
+            draw_checks(self.watch.checks, self.run.folder / CHECKS_PICTURE)
 
     def state(self) -> dict[str, Tensor]:
         """The actor's weights under the published names."""
@@ -280,7 +289,8 @@ class PpoTrainer:
         reward = self.group.mean(float(np.mean([own.mean() for own in self.scorer.score(drawn)])), 1)
         if self.judge is None:
             return {"watched_reward": reward}
-        judged = self.group.mean(self.judge(range(len(drawn)), [one.mixed for one in drawn]), 1)
+        own = self.judge(range(len(drawn)), [one.mixed for one in drawn]) if self.group.is_main else 0.0
+        judged = self.group.total(own)  # all processes drew the same: one of them asks
         return {"watched_reward": reward, "judge": judged, "divergence": self.watch.check(step, reward, judged)}
 
 

@@ -111,6 +111,7 @@ def test_the_judge_is_watched_beside_the_reward(fresh, tokenizer, tmp_path: Path
     assert [one["step"] for one in checks] == [0, 4]
     assert all(one["judge"] == 0.5 and one["divergence"] == 0 for one in checks)
     assert (tmp_path / "checks.json").exists()
+    assert (tmp_path / "reward_and_judge.png").exists()
 
 
 def test_a_runaway_stops_the_run_with_its_state_saved(fresh, tokenizer, tmp_path: Path) -> None:

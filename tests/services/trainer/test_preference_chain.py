@@ -19,6 +19,7 @@ from services.trainer.data.splits import split
 from services.trainer.evaluate.acoustic import FEATURES, AcousticJudge, Classifier
 from shared.audio.io import Waveform, write_audio
 from shared.errors import UserError
+from tests.fixtures.tiny import with_reward
 from tests.services.trainer.conftest import make_row
 from tests.services.trainer.test_data import RATE, Voice, tone
 
@@ -99,6 +100,32 @@ def test_prompts_become_preferences_and_hardest_prompts(
     assert max(mean[id] for id in kept) <= min(mean[id] for id in mean.keys() - kept)
     ratings.write_text(ratings.read_text().splitlines(keepends=True)[0])
     assert "was rated" in refused(keep, capsys)
+
+
+def test_a_held_out_judge_watches_ppo(
+    prompts: Path, judge: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scored = with_reward(tiny, tmp_path / "scored")
+    sizes = ["steps=3", "critic_warmup=1", "prompts_per_step=2", "samples_per_prompt=1", "max_stretch=0.5",
+             "extra_groups=1", "watch_every=1"]  # fmt: skip
+    entries = [word for size in sizes for word in ("--set", size)]
+    train = ["train", "ppo", "--data", str(prompts), "--base", str(tiny), "--reward", str(scored), "--judge",
+             str(judge), "--out", str(tmp_path / "run"), *entries]  # fmt: skip
+    assert "Give held_out" in refused(train, capsys)
+    watched = [*train, "--held-out", str(prompts), "--gate", "judge_gain=-1"]
+    measures = json.loads(said(watched, capsys))
+    assert -1 <= measures["judge_gain"] <= 1
+    checks = json.loads((tmp_path / "run" / "run" / "checks.json").read_text())
+    assert [one["step"] for one in checks] == [0, 1, 2]
+    assert all(0 <= one["judge"] <= 1 and "divergence" in one for one in checks)
+    assert (tmp_path / "run" / "run" / "reward_and_judge.png").exists()
+    other = tmp_path / "other.json"
+    other.write_text(judge.read_text().replace("happy", "fear"))
+    assert "other data" in refused([*watched, "--judge", str(other)], capsys)
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text(make_row(0).model_dump_json() + "\n")
+    told = refused([*watched, "--held-out", str(bare), "--out", str(tmp_path / "bare")], capsys)
+    assert "no recording of row row-0" in told
 
 
 def test_candidates_need_the_recordings_of_their_prompts(

@@ -9,10 +9,12 @@ import pytest
 import yaml
 
 from editx.cli.app import run
-from services.trainer.core.runs import read_log
+from services.trainer.core.runs import Silent, read_log
 from services.trainer.data.manifest import collect, fetch
 from services.trainer.data.margin import MarginScorer
 from services.trainer.data.rated_pairs import margin_of
+from services.trainer.evaluate.acoustic import FEATURES, AcousticJudge, Classifier
+from services.trainer.jobs import Place
 from shared import telemetry
 from shared.audio.io import Waveform, write_audio
 from shared.jobs.memory import MemoryJobStore
@@ -168,6 +170,29 @@ def test_a_submitted_job_finds_both_data_sets_in_the_store(rows: Path, tmp_path:
     for name, expected in (("dataset", "rows"), ("held_out", "held")):
         assert training.settings[name].startswith(f"datasets/{expected}/")
         assert len(fetch(store, training.settings[name], tmp_path).rows) == 6
+
+
+def test_a_judge_travels_with_its_job(rows: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    jobs = MemoryJobStore()
+    monkeypatch.setattr("shared.wiring.open_jobs", lambda url: jobs)
+    monkeypatch.setenv("EDITX_BUS_URL", "memory:")
+    monkeypatch.setenv("EDITX_STORE_URL", f"file://{tmp_path / 'store'}")
+    rng = np.random.default_rng(0)
+    judge = AcousticJudge({"emotion": Classifier.fit(rng.normal(size=(8, len(FEATURES))), ["happy", "neutral"] * 4)})
+    judge.save(tmp_path / "judge.json")
+    submit = ["train", "submit", "ppo", "--data", str(rows), "--held-out", str(rows), "--reward", "r", "--judge",
+              str(tmp_path / "judge.json"), "--gate", "judge_gain=0"]  # fmt: skip
+    assert run(submit) == 0
+    training = jobs.get(capsys.readouterr().out.strip()).request.training
+    assert training is not None
+    key = training.settings["judge"]
+    assert key.startswith("judges/")
+    place = Place(tmp_path / "work", FolderStore(tmp_path / "store"), "cpu", Silent())
+    heard, identity = place.judge(key)
+    assert heard.hears("emotion")
+    assert identity == key.removeprefix("judges/").removesuffix(".json")
+    (tmp_path / "judge.json").write_text("{")
+    assert "is no acoustic judge" in refused(submit, capsys)
 
 
 def test_all_stages_in_a_row_refuse_several_processes(tmp_path: Path, capsys, monkeypatch) -> None:
