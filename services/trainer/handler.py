@@ -11,15 +11,14 @@ import torch
 
 from services.trainer.core.runs import LOG, RunStopped
 from services.trainer.jobs import HELD_OUT_REPORT, Place, carry_out, parse_settings, publish
-from services.trainer.ppo.sources import local_rollouts, local_scorer, pool_rollouts, pool_scorer
+from services.trainer.ppo.sources import local_rollouts, local_scorer, pool_models, pool_rollouts, pool_scorer
 from services.trainer.ppo.trainer import CHECKS_PICTURE
 from services.trainer.settings import TrainerSettings
 from services.trainer.states import States
-from shared.checkpoints.layout import Checkpoint, checkpoints_home
-from shared.inference.port import Inference, RequestCancelled
+from shared.checkpoints.layout import checkpoints_home
+from shared.inference.port import RequestCancelled
 from shared.schemas.route import StepKind
 from shared.steps import StepContext
-from shared.wiring import open_inference
 
 KEEP_EVERY_S = 30.0
 
@@ -66,7 +65,7 @@ class TrainHandler:
             folder, self._states.store, self._settings.device, _Watcher(step, self._states),
             {"local": local_rollouts, "pool": pool_rollouts(self._settings)},
             {"local": local_scorer, "pool": pool_scorer(self._settings)},
-            self._serve if self._settings.reward_url else None,
+            pool_models(self._settings),
         )  # fmt: skip
         try:
             measures = carry_out(str(parameters["recipe"]), settings, place)
@@ -86,7 +85,3 @@ class TrainHandler:
             step.write("published.json", json.dumps({"name": live.name}).encode(), "application/json")
         self._states.forget(step.job.id)
         shutil.rmtree(folder, ignore_errors=True)
-
-    def _serve(self, checkpoint: Checkpoint, device: str) -> Inference:
-        """The server of the reward model has tokenizer and decoder too; which codes they know is its checkpoint's."""
-        return open_inference(self._settings.reward_url, {})

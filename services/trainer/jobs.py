@@ -36,7 +36,7 @@ from services.trainer.evaluate.remote import Judge
 from services.trainer.evaluate.system import PortSystem
 from services.trainer.ppo.config import PpoConfig
 from services.trainer.ppo.rollouts import Scorer
-from services.trainer.ppo.sources import MakeRollouts, MakeScorer, Request, local_rollouts, local_scorer
+from services.trainer.ppo.sources import MakeRollouts, MakeScorer, Request, ServeModels, local_rollouts, local_scorer
 from services.trainer.ppo.trainer import PpoTrainer, as_critic, hardest, prompts_of, start_scores
 from services.trainer.reward.trainer import RewardConfig, RewardTrainer
 from services.trainer.sft.trainer import SftConfig, SftTrainer, evaluate_loss
@@ -45,7 +45,6 @@ from shared.checkpoints.manifest import sha256
 from shared.checkpoints.reward import FOLDER, load_reward, reward_folder
 from shared.checkpoints.step1 import load_step1, load_text_tokenizer
 from shared.errors import PermanentError, UserError
-from shared.inference.port import Inference
 from shared.prompts import TextTokenizer
 from shared.store.port import ArtifactStore
 
@@ -76,7 +75,8 @@ class GateFailed(PermanentError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a job works: its folder, the store for data sets, the device, who watches, who draws PPO's answers."""
+    """Where a job works: its folder, the store for data sets, the device, who watches, who draws and scores PPO's
+    answers, and what decodes them for a judge."""
 
     folder: Path
     store: ArtifactStore
@@ -84,8 +84,7 @@ class Place:
     observer: Observer
     rollouts: Mapping[str, MakeRollouts] = field(default_factory=lambda: {"local": local_rollouts})
     scorers: Mapping[str, MakeScorer] = field(default_factory=lambda: {"local": local_scorer})
-    serve: Callable[[Checkpoint, str], Inference] | None = None
-    """The models "tokenizer" and "decoder" of a checkpoint on a device, for a judge."""
+    serve: ServeModels | None = None
 
     def dataset(self, source: str) -> Dataset:
         """A data set by folder, or by prefix in the store."""

@@ -40,6 +40,8 @@ class Request:
 
 MakeRollouts = Callable[[Request], Rollouts]
 MakeScorer = Callable[[Request], Scorer]
+ServeModels = Callable[[Checkpoint, str], Inference]
+"""Checkpoint and device -> its models "tokenizer" and "decoder"."""
 
 
 def local_rollouts(request: Request) -> Rollouts:
@@ -78,6 +80,12 @@ def pool_scorer(settings: TrainerSettings) -> MakeScorer:
         return PoolScorer(open_inference(settings.reward_url, {}))
 
     return make
+
+
+def pool_models(settings: TrainerSettings) -> ServeModels | None:
+    """What decodes for a judge: the server at EDITX_TRAINER_REWARD_URL, whose tokenizer and decoder know the same
+    codes; None without one."""
+    return (lambda checkpoint, device: open_inference(settings.reward_url, {})) if settings.reward_url else None
 
 
 def addresses(pool: str) -> list[str]:
