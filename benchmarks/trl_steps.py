@@ -1,6 +1,6 @@
 """TRL's trainers on the same work as `benchmarks.training`: a Llama of the same sizes on chats of the same lengths.
 
-Only steps that are the same work are timed; for the others there is a reason. Needs trl, which nothing else here does.
+Only steps that are the same work are timed; for the others there is a reason. Needs trl (the extra "compare"), which nothing else here does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from shared.models.step1 import Step1Config
 if TYPE_CHECKING:
     from benchmarks.training import Load
 
-MISSING = "trl is not installed"
+MISSING = "trl is not installed: pip install editx[compare]"
 NO_PPO = (
     "none: TRL 1.16 has no PPO with a critic; its GRPO and RLOO draw the answers inside the step, from the whole "
     "vocabulary, and reward whole answers"

@@ -34,7 +34,7 @@ def test_constraints_are_plain_pins(name: str) -> None:
 def test_every_dependency_is_pinned_and_both_files_agree() -> None:
     runtime, dev, extras = pins("runtime"), pins("dev"), PROJECT["optional-dependencies"]
     assert names(PROJECT["dependencies"] + extras["stack"] + extras["picture"]) <= runtime.keys()
-    assert names(extras["dev"]) <= dev.keys()
+    assert names(extras["dev"] + extras["compare"]) <= dev.keys()
     assert runtime.items() <= dev.items()
 
 
