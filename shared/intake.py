@@ -1,8 +1,8 @@
 """Takes edits that are submitted over the bus: each submission becomes one job, and its first step is published.
 
 The submission's offset is committed when its job is stored, so none is lost; its id makes the job idempotent, so none
-is done twice. A submission that cannot become a job is answered on the topic of results; one that cannot be read goes
-to the dead letters. Knows nothing about HTTP.
+is done twice. Each is answered on the topic of results, as accepted or rejected; one that cannot be read goes to the
+dead letters as well. Webhooks are left in the outbox, for a gateway to send. Knows nothing about HTTP.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ import logging
 import threading
 from collections import deque
 
-from shared import telemetry
+from shared import outbox, telemetry
 from shared.bus.port import Bus, Delivery, Partition, Subscription
-from shared.errors import EditxError, PermanentError, PoisonError, TransientError
+from shared.checkpoints.layout import Checkpoint
+from shared.errors import EditxError, PermanentError, PoisonError, TransientError, UserError
 from shared.jobs import machine
 from shared.jobs.port import Idempotency, IdempotencyConflict, JobStore
+from shared.languages import check_language
 from shared.publishing import publish_rejection, publish_result, publish_step, publish_unreadable
-from shared.schemas.exchange import SUBMISSIONS, Submission
+from shared.recordings import StoredVoices, uploaded
+from shared.schemas.edit import Edit
+from shared.schemas.exchange import SUBMISSIONS, Submission, sender_of
 from shared.schemas.job import Job, new_job_id
 from shared.schemas.messages import TRACE_HEADERS
 from shared.schemas.request import JobRequest
@@ -33,16 +37,27 @@ AGAIN_S = 1.0
 
 
 class Intake:
-    """Reads submissions until it is told to stop. Several may run at once."""
+    """Reads submissions until it is told to stop. Several may run at once.
+
+    Where the `checkpoint` is known, what it cannot do is rejected; else the job's step fails.
+    """
 
     def __init__(
-        self, bus: Bus, store: ArtifactStore, jobs: JobStore, *, keep_s: float | None = None, poll_s: float = 0.25
+        self,
+        bus: Bus,
+        store: ArtifactStore,
+        jobs: JobStore,
+        *,
+        keep_s: float | None = None,
+        poll_s: float = 0.25,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         self._bus = bus
         self._store = store
         self._jobs = jobs
         self._keep_s = keep_s
         self._poll_s = poll_s
+        self._checkpoint = checkpoint
         self._pending: deque[Delivery] = deque()
         self._stopping = threading.Event()
 
@@ -64,33 +79,60 @@ class Intake:
         """Take nothing more. Returns at once."""
         self._stopping.set()
 
-    def accept(self, submission: Submission, trace: dict[str, str] | None = None) -> Job:
+    def accept(self, submission: Submission, trace: dict[str, str] | None = None, *, tell: bool = False) -> Job:
         """The job of a submission, stored and with its first step published; an earlier one if it came before.
 
-        Raises UserError for one that cannot be done, TransientError when something is away.
+        With `tell` the topic of results says so, before any end of the job. Raises UserError for one that cannot be
+        done, TransientError when something is away.
         """
-        job_id, request = new_job_id(), _published(submission.request)
-        key = request.source_key or source_key(job_id)
-        if submission.audio is not None:
-            self._store.put(key, submission.audio)
-        elif request.edit is not None:
-            self._store.stat(key)
+        job_id = new_job_id()
+        request = self._stored(job_id, submission)
         moved = machine.accept(
             request, self._jobs.now(), job_id=job_id, owner=submission.owner, trace=trace, keep_s=self._keep_s
         )
         job = moved.job.model_copy(update={"reference": submission.submission_id})
         once = Idempotency(f"submission:{submission.submission_id}", _fingerprint(submission))
+        if request.webhook_url is not None:
+            outbox.remember(self._store, job_id, 0, self._jobs.now())
         try:
             created = self._jobs.create(job, moved.events, idempotency=once)
         except IdempotencyConflict:
-            self._store.delete_prefix(job_prefix(job_id))
+            self._forget_all(job_id)
             raise
-        if created.is_new:
-            return publish_step(self._bus, self._jobs, created.job)
-        self._store.delete_prefix(job_prefix(job_id))
-        if created.job.is_terminal:
+        if not created.is_new:
+            self._forget_all(job_id)
+        if tell:
             publish_result(self._bus, created.job)
+        if not created.job.is_terminal and created.job.dispatched < created.job.step_index:
+            return publish_step(self._bus, self._jobs, created.job)
         return created.job
+
+    def _forget_all(self, job_id: str) -> None:
+        """Nothing came of this job. Where the job store did not answer that is not known, and everything stays."""
+        self._store.delete_prefix(job_prefix(job_id))
+        self._store.delete(outbox.outbox_key(job_id))
+
+    def _stored(self, job_id: str, submission: Submission) -> JobRequest:
+        """The request of a job, its tags in published spelling and its recording in the store.
+
+        Raises UserError for a tag, text, upload or voice that cannot be used.
+        """
+        asked, text, data = submission.request, submission.request.text, submission.audio
+        if submission.upload_id is not None:
+            data = uploaded(self._store, submission.owner, submission.upload_id)
+        elif submission.voice is not None:
+            voice, data = StoredVoices(self._store).reference(submission.owner, submission.voice)
+            text = text or voice.text
+        edit = None if asked.edit is None else _published(asked.edit)
+        text = text if edit is None or edit.needs_source_text else None
+        request = JobRequest.model_construct(**{**dict(asked), "edit": edit, "text": text})
+        if self._checkpoint is not None:
+            check_served(request, self._checkpoint)
+        if data is not None:
+            self._store.put(source_key(job_id), data)
+        elif request.source_key is not None:
+            self._store.stat(request.source_key)
+        return request
 
     def _work(self, reader: Subscription) -> None:
         """Accept what came, in order; what waits for something that is away stays pending."""
@@ -130,6 +172,8 @@ class Intake:
             except PoisonError as error:
                 log.error("unreadable submission at %s offset %d: %s", delivery.partition, delivery.offset, error)
                 publish_unreadable(self._bus, delivery, error)
+                if sender := sender_of(delivery.value):
+                    publish_rejection(self._bus, *sender, error)
             except TransientError:
                 raise
             except Exception as error:  # nobody foresaw it; the submissions behind this one must not wait for it
@@ -139,27 +183,35 @@ class Intake:
     def _answer(self, submission: Submission, trace: dict[str, str]) -> None:
         """Make a job of a submission, or tell its sender why not. Raises TransientError when something is away."""
         try:
-            job = self.accept(submission, trace)
+            job = self.accept(submission, trace, tell=True)
         except TransientError:
             raise
         except EditxError as error:
             log.warning("the submission %s was rejected: %s", submission.submission_id, error)
-            publish_rejection(self._bus, submission, error)
+            publish_rejection(self._bus, submission.submission_id, submission.owner, error)
         else:
             log.info("the submission %s is the job %s", submission.submission_id, job.id)
 
 
-def _published(request: JobRequest) -> JobRequest:
-    """The request with its tags in published spelling. Raises UserError for one that nobody knows."""
-    edit = request.edit
-    if edit is None:
-        return request
+def check_served(request: JobRequest, checkpoint: Checkpoint) -> None:
+    """Raise UserError for a text in none of the checkpoint's languages, and for candidates that nobody can judge."""
+    metadata, edit = checkpoint.metadata, request.edit
+    if metadata.trained_on is not None and edit is not None:
+        for text in (request.text, edit.target_text):
+            check_language(text or "", metadata.trained_on.languages, metadata.name)
+    if request.n_best > 1 and not checkpoint.has_reward:
+        raise UserError(f"The checkpoint {metadata.name} has no reward model to choose among candidates.",
+                        "Ask for one (n_best: 1), or serve a checkpoint that has one.", "no_reward_model")  # fmt: skip
+
+
+def _published(edit: Edit) -> Edit:
+    """The edit with its tags in published spelling. Raises UserError for one that nobody knows."""
     changes = {}
     if edit.detail is not None:
         changes["detail"] = check_tag(edit.type, edit.detail)
     if edit.target_text is not None:
         changes["target_text"] = check_text_tags(edit.target_text)
-    return request.model_copy(update={"edit": edit.model_copy(update=changes)})
+    return edit.model_copy(update=changes)
 
 
 def _fingerprint(submission: Submission) -> str:

@@ -11,7 +11,7 @@ from shared.errors import EditxError
 from shared.jobs import machine
 from shared.jobs.port import JobStore
 from shared.retry import job_error
-from shared.schemas.exchange import RESULTS, Result, Submission
+from shared.schemas.exchange import RESULTS, Result
 from shared.schemas.job import Job, JobError
 from shared.schemas.messages import TRACE_HEADERS, BusMessage
 from shared.schemas.route import DLQ_FAILED, DLQ_UNREADABLE
@@ -53,16 +53,17 @@ def publish_failed(bus: Bus, delivery: Delivery, error: JobError, attempts: int)
 
 
 def publish_result(bus: Bus, job: Job) -> None:
-    """Tell on the topic of results how a job ended. It may be told twice; readers go by the job's id."""
+    """Tell on the topic of results how a job ended, or that it was accepted.
+
+    It may be told twice; readers go by the job's id.
+    """
     _publish_document(bus, job.id, Result.of(job), job.trace)
 
 
-def publish_rejection(bus: Bus, submission: Submission, error: EditxError) -> None:
+def publish_rejection(bus: Bus, submission_id: str, owner: str, error: EditxError) -> None:
     """Tell on the topic of results that a submission did not become a job, and why."""
-    result = Result(
-        submission_id=submission.submission_id, owner=submission.owner, state="rejected", error=job_error(error)
-    )
-    _publish_document(bus, submission.submission_id, result, {})
+    result = Result(submission_id=submission_id, owner=owner, state="rejected", error=job_error(error))
+    _publish_document(bus, submission_id, result, {})
 
 
 def _publish_document(bus: Bus, key: str, result: Result, parent: dict[str, str]) -> None:

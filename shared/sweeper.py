@@ -17,6 +17,7 @@ from shared.inference.port import DeadlineExceeded
 from shared.jobs import machine
 from shared.jobs.port import JobStore
 from shared.publishing import publish_result, publish_step
+from shared.recordings import UPLOADS
 from shared.retry import job_error
 from shared.schemas.job import Job
 from shared.schemas.route import job_prefix
@@ -24,7 +25,6 @@ from shared.store.port import ArtifactStore
 
 log = logging.getLogger(__name__)
 LEASE_S = 30.0
-UPLOADS = "uploads/"
 UPLOADS_KEEP_S = 86_400.0
 EXPIRE_EVERY_S = 600.0
 

@@ -31,14 +31,14 @@ def create_app(backend: Backend, settings: GatewaySettings | None = None) -> Fas
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         gateway.webhooks.start()
-        gateway.metrics_reader.start()
+        gateway.results.start()
         watching = asyncio.create_task(gateway.watch())
         try:
             yield
         finally:
             watching.cancel()
             await blocking(gateway.webhooks.stop)
-            await blocking(gateway.metrics_reader.stop)
+            await blocking(gateway.results.stop)
             await blocking(backend.close)
 
     app = FastAPI(

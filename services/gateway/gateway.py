@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from services.gateway.access import Admission, Keys, Listeners
 from services.gateway.backend import Backend
 from services.gateway.metrics import Metrics
-from services.gateway.metrics_reader import MetricsReader
-from services.gateway.recordings import UPLOADS, Recordings
+from services.gateway.recordings import Recordings
+from services.gateway.results import ResultsReader
 from services.gateway.settings import GatewaySettings
 from services.gateway.threads import blocking
 from services.gateway.voices import Voices
 from services.gateway.webhooks import Webhooks
 from shared.errors import EditxError
+from shared.recordings import UPLOADS
 
 log = logging.getLogger(__name__)
 TIDY_EVERY_S = 600.0
@@ -30,7 +31,7 @@ class Gateway:
     backend: Backend
     settings: GatewaySettings
     metrics: Metrics
-    metrics_reader: MetricsReader
+    results: ResultsReader
     keys: Keys
     admission: Admission
     voices: Voices
@@ -45,16 +46,17 @@ class Gateway:
     def over(cls, backend: Backend, settings: GatewaySettings) -> Gateway:
         """The gateway of a backend. Raises UserError where the keys file cannot be used."""
         metrics, keys, voices = Metrics(), Keys(settings), Voices(backend.store)
+        webhooks = Webhooks(backend.store, backend.jobs, keys, settings, metrics)
         return cls(
             backend=backend,
             settings=settings,
             metrics=metrics,
-            metrics_reader=MetricsReader(backend.bus, metrics),
+            results=ResultsReader(backend.bus, metrics, webhooks),
             keys=keys,
             admission=Admission(backend, settings, metrics),
             voices=voices,
             recordings=Recordings(backend.store, voices, settings),
-            webhooks=Webhooks(backend.store, backend.jobs, keys, settings, metrics),
+            webhooks=webhooks,
             listeners=Listeners(settings.listeners_max),
             speaking=asyncio.Semaphore(settings.speech_max),
         )

@@ -9,19 +9,17 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import re
 import secrets
 from dataclasses import dataclass
 
-from services.gateway.problems import NotFound, Unprocessable
-from services.gateway.schemas import UPLOAD_ID, Recording, Upload
+from services.gateway.problems import Unprocessable
+from services.gateway.schemas import Recording, Upload
 from services.gateway.settings import GatewaySettings
 from services.gateway.voices import Voices
 from shared.audio.io import Waveform, read_audio
 from shared.errors import UserError
-from shared.store.port import ArtifactNotFound, ArtifactStore
-
-UPLOADS = "uploads/"
+from shared.recordings import upload_key, uploaded
+from shared.store.port import ArtifactStore
 
 
 @dataclass(frozen=True)
@@ -80,31 +78,12 @@ class Recordings:
         )
 
     def uploaded(self, owner: str, identity: str) -> bytes:
-        """The bytes of a finished upload. Raises NotFound, UserError where it is too large."""
-        if not re.fullmatch(UPLOAD_ID, identity):
-            raise NotFound(f"There is no upload {identity}.", "", "upload_not_found")
-        key = upload_key(owner, identity)
-        try:
-            size = self._store.stat(key).size
-            if size > self._settings.max_bytes:
-                self._store.delete(key)
-                raise UserError(f"The upload has {size} bytes, more than the {self._settings.max_bytes} allowed.",
-                                "Cut the recording, or send it compressed.", "audio_too_large",
-                                http_status=413)  # fmt: skip
-            return self._store.get(key)
-        except ArtifactNotFound as error:
-            raise NotFound(
-                f"There is no upload {identity}.", "PUT the file to its url first; uploads expire.", "upload_not_found"
-            ) from error
+        """The bytes of a finished upload. Raises UploadNotFound, UserError where it is too large."""
+        return uploaded(self._store, owner, identity, self._settings.max_bytes)
 
     def _read(self, data: bytes, name: str) -> Waveform:
         settings = self._settings
         return read_audio(data, max_duration_s=settings.max_duration_s, max_bytes=settings.max_bytes, name=name)
-
-
-def upload_key(owner: str, identity: str) -> str:
-    """Where an upload lies."""
-    return f"{UPLOADS}{owner}/{identity}"
 
 
 def decoded(text: str, name: str, max_bytes: int) -> bytes:

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, model_validator
 
+from shared.recordings import UPLOAD_ID
 from shared.schemas import DecodeSettings, Edit, EditType, GenerateSettings, JobRequest, Lane
 from shared.schemas.request import SEED_MAX, AudioFormat
 
-UPLOAD_ID = r"^upl_[0-9a-f]{32}$"
 EDIT_EXAMPLE: dict[str, JsonValue] = {
     "type": "emotion",
     "detail": "happy",
@@ -114,29 +114,6 @@ class VoiceBody(Recording):
         if self.voice is not None:
             raise ValueError("a voice is made of a recording, not of another voice")
         return self
-
-
-class Consent(BaseModel):
-    """What is kept of a voice's consent."""
-
-    kind: Literal["recording", "attestation"]
-    statement: str = ""
-    by: str = ""
-    given_at: float
-    sha256: str = Field(default="", description="Of the consent recording.")
-
-
-class Voice(BaseModel):
-    """A stored voice."""
-
-    id: str
-    object: Literal["audio.voice"] = "audio.voice"
-    name: str
-    text: str
-    duration_s: float
-    sha256: str = Field(description="Of the reference recording.")
-    created_at: float
-    consent: Consent
 
 
 class VoiceId(BaseModel):

@@ -111,16 +111,15 @@ def accept(gateway: Gateway, principal: Principal, submission: Submission, key: 
     backend.store.put(source_key(job.id), submission.recording.data)
     if request.webhook_url is not None:
         gateway.webhooks.remember(job.id)
-    created: Created | None = None
     try:
         created = backend.jobs.create(job, move.events, idempotency=idempotency)
-    finally:
-        if created is None or not created.is_new:
-            backend.store.delete_prefix(job_prefix(job.id))
-            gateway.webhooks.forget(job.id)
+    except UserError:
+        _forget(gateway, job.id)
+        raise  # after any other error the job may be stored, so what belongs to it stays
     if key is not None:
         looked_up("jobs", hits=not created.is_new, misses=created.is_new)
     if not created.is_new:
+        _forget(gateway, job.id)
         return created
     if request.webhook_url is not None:
         gateway.webhooks.watch(job.id)
@@ -134,6 +133,12 @@ def accept(gateway: Gateway, principal: Principal, submission: Submission, key: 
             return created
         log.info("accepted %s in the %s lane", edit, request.lane)
     return Created(published, is_new=True)
+
+
+def _forget(gateway: Gateway, job_id: str) -> None:
+    """Take back what was stored for a job that did not come to be."""
+    gateway.backend.store.delete_prefix(job_prefix(job_id))
+    gateway.webhooks.forget(job_id)
 
 
 def own_job(gateway: Gateway, principal: Principal, job_id: str) -> Job:

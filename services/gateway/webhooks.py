@@ -23,13 +23,15 @@ from services.gateway.access import Keys
 from services.gateway.addresses import RefusedAddress, resolve
 from services.gateway.metrics import Metrics
 from services.gateway.settings import GatewaySettings
+from shared import outbox
 from shared.errors import EditxError, UserError
 from shared.jobs.port import JobNotFound, JobStore
+from shared.outbox import PREFIX, outbox_key
 from shared.schemas import Job
+from shared.schemas.exchange import Result
 from shared.store.port import ArtifactNotFound, ArtifactStore
 
 log = logging.getLogger(__name__)
-PREFIX = "webhooks/"
 SENDERS = 4
 TICK_S = 0.25
 LOOK_MIN_S, LOOK_MAX_S = 0.25, 5.0
@@ -67,7 +69,7 @@ class Webhooks:
 
     def remember(self, job_id: str) -> None:
         """Keep, until it was told, that the job's end is to be told. Before the job is accepted."""
-        self._write(job_id, 0, self._jobs.now())
+        outbox.remember(self._store, job_id, 0, self._jobs.now())
 
     def watch(self, job_id: str) -> None:
         """Look at the job from now on."""
@@ -75,9 +77,14 @@ class Webhooks:
             self._watched[job_id] = LOOK_MIN_S
             heapq.heappush(self._due, (time.monotonic() + LOOK_MIN_S, job_id))
 
+    def heard(self, result: Result) -> None:
+        """A job has ended. One that came over the bus no gateway watched: whichever hears of its end tells it."""
+        if result.submission_id and result.job_id and result.job_id not in self._watched:
+            self.watch(result.job_id)
+
     def forget(self, job_id: str) -> None:
         """There is nothing to tell, or no more."""
-        self._store.delete(_key(job_id))
+        self._store.delete(outbox_key(job_id))
         with self._lock:
             self._watched.pop(job_id, None)
 
@@ -121,7 +128,7 @@ class Webhooks:
             if job_id in self._watched:
                 continue
             try:
-                _, next_at = self._read(job_id)
+                _, next_at = outbox.recall(self._store, job_id)
                 job = self._jobs.get(job_id)
             except ArtifactNotFound:
                 continue
@@ -142,6 +149,10 @@ class Webhooks:
                     self._watched[job_id] = min(wait_s * 1.5, LOOK_MAX_S)
                 self._again(job_id, wait_s)
                 return
+            if job.request.webhook_url is None:
+                with self._lock:
+                    self._watched.pop(job_id, None)
+                return
             self._tell(job)
         except (JobNotFound, ArtifactNotFound):
             self.forget(job_id)
@@ -153,7 +164,7 @@ class Webhooks:
             self._again(job_id, LOOK_MAX_S)
 
     def _tell(self, job: Job) -> None:
-        attempts, _ = self._read(job.id)
+        attempts, _ = outbox.recall(self._store, job.id)
         outcome = self._send(job)
         self._metrics.webhooks.labels("sent" if outcome is None else "failed").inc()
         if outcome is None:
@@ -167,7 +178,7 @@ class Webhooks:
             return
         wait_s = waits[attempts] * random.uniform(0.8, 1.2)
         log.warning("the webhook of %s failed, again in %.0f s: %s", job.id, wait_s, outcome)
-        self._write(job.id, attempts + 1, self._jobs.now() + wait_s)
+        outbox.remember(self._store, job.id, attempts + 1, self._jobs.now() + wait_s)
         self._again(job.id, wait_s)
 
     def _send(self, job: Job) -> str | None:
@@ -196,14 +207,6 @@ class Webhooks:
         with self._lock:
             heapq.heappush(self._due, (time.monotonic() + wait_s, job_id))
 
-    def _read(self, job_id: str) -> tuple[int, float]:
-        record = json.loads(self._store.get(_key(job_id)))
-        return int(record["attempts"]), float(record["next_at"])
-
-    def _write(self, job_id: str, attempts: int, next_at: float) -> None:
-        record = json.dumps({"attempts": attempts, "next_at": next_at}).encode()
-        self._store.put(_key(job_id), record, content_type="application/json")
-
 
 def payload(job: Job, now: datetime) -> dict[str, object]:
     """What is told: that the job has ended and how. The rest is at GET /v1/jobs/{id}."""
@@ -213,7 +216,3 @@ def payload(job: Job, now: datetime) -> dict[str, object]:
         "timestamp": now.isoformat(),
         "data": {"id": job.id, "object": "audio.edit", "status": job.state.value, "error": error},
     }
-
-
-def _key(job_id: str) -> str:
-    return f"{PREFIX}{job_id}.json"

@@ -5,15 +5,20 @@ Needs no model. Any number may run at once.
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from types import FrameType
 
 from services.intake.settings import IntakeSettings
 from shared import telemetry
+from shared.checkpoints.layout import Checkpoint
+from shared.errors import UserError
 from shared.intake import Intake
 from shared.sweeper import Sweeper
 from shared.wiring import open_bus, open_jobs, open_store
+
+log = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -23,7 +28,7 @@ def main() -> None:
     end = telemetry.configure("intake", spans_file=settings.spans_file, otlp_endpoint=settings.otlp_endpoint)
     bus, store, jobs = open_bus(settings.bus_url), open_store(settings.store_url), open_jobs(settings.jobs_url)
     sweeper = Sweeper(jobs, bus, store, settings.sweep_every_s)
-    intake = Intake(bus, store, jobs, keep_s=settings.job_keep_s)
+    intake = Intake(bus, store, jobs, keep_s=settings.job_keep_s, checkpoint=_checkpoint(settings.checkpoint))
 
     def stop(_: int, __: FrameType | None) -> None:
         intake.stop()
@@ -40,6 +45,15 @@ def main() -> None:
         bus.close()
         jobs.close()
         end()
+
+
+def _checkpoint(name: str) -> Checkpoint | None:
+    """The checkpoint that is served; None where this machine does not have it."""
+    try:
+        return Checkpoint.resolve(name)
+    except UserError as error:
+        log.warning("submissions are not held against the checkpoint: %s", error)
+        return None
 
 
 class _Alive:

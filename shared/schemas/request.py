@@ -80,12 +80,20 @@ class JobRequest(BaseModel):
     webhook_url: str | None = Field(default=None, max_length=2048)
 
     @model_validator(mode="after")
-    def _one_job_and_complete(self) -> Self:
+    def _one_job(self) -> Self:
         if (self.edit is None) == (self.training is None):
             raise ValueError("a job holds either an edit or a training run")
-        if self.edit is not None:
-            if self.edit.needs_source_text and not (self.text and self.text.strip()):
-                raise ValueError(f"an edit of type {self.edit.type} needs text: what is said in the recording")
-            if self.edit.type == "clone" and self.iterations != 1:
-                raise ValueError("a clone is made once: iterations must be 1")
+        if self.edit is not None and self.edit.type == "clone" and self.iterations != 1:
+            raise ValueError("a clone is made once: iterations must be 1")
         return self
+
+    @model_validator(mode="after")
+    def _knows_what_is_said(self) -> Self:
+        if self.lacks_text:
+            raise ValueError(f"an edit of type {self.edit and self.edit.type} needs text: what the recording says")
+        return self
+
+    @property
+    def lacks_text(self) -> bool:
+        """Whether the edit needs to know what the recording says, and the request does not tell."""
+        return self.edit is not None and self.edit.needs_source_text and not (self.text and self.text.strip())

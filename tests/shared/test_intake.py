@@ -15,11 +15,14 @@ import pytest
 from shared.bus import memory
 from shared.bus.memory import MemoryBus
 from shared.bus.port import RECORD_BYTES_MAX, Subscription
+from shared.checkpoints.layout import Checkpoint
 from shared.deadletters import dead_letters, replay
 from shared.errors import UserError
 from shared.intake import Intake
 from shared.jobs.memory import MemoryJobStore
 from shared.jobs.port import JobStoreUnavailable
+from shared.outbox import recall
+from shared.recordings import Consent, Voice, voice_key
 from shared.schemas import Job
 from shared.schemas.exchange import AUDIO_BYTES_MAX, RESULTS, SUBMISSIONS, Result, Submission
 from shared.store.folder import FolderStore
@@ -67,7 +70,11 @@ class World:
         return found
 
     def result(self) -> Result:
-        return Result.model_validate_json(self.due(1, self.results)[0])
+        """The next result that tells of more than that a job was accepted."""
+        while True:
+            result = Result.model_validate_json(self.due(1, self.results)[0])
+            if result.state != "accepted":
+                return result
 
 
 @pytest.fixture
@@ -90,6 +97,75 @@ def test_a_submission_becomes_a_job_whose_first_step_is_due(world: World) -> Non
     assert (job.reference, job.owner, job.trace["traceparent"][3:35]) == ("one", "local", "1" * 32)
     assert world.store.get(job.step.inputs["audio"]) == b"RIFF"
     assert job.expires_at is not None
+
+
+def test_a_job_is_told_as_accepted_before_its_step_is_due(world: World) -> None:
+    world.submit()
+    [step] = world.due(1, world.steps)
+    [told] = world.due(1, world.results)
+    result = Result.model_validate_json(told)
+    assert (result.state, result.submission_id) == ("accepted", "one")
+    assert result.job_id == json.loads(step)["job_id"]
+
+
+def test_an_upload_becomes_the_jobs_own_recording(world: World) -> None:
+    upload = "upl_" + "1" * 32
+    world.store.put(f"uploads/ann/{upload}", b"RIFF")
+    world.submit(audio=None, upload_id=upload, owner="ann")
+    [step] = world.due(1, world.steps)
+    job = world.jobs.get(json.loads(step)["job_id"])
+    assert world.store.get(f"jobs/{job.id}/source/audio") == b"RIFF"
+    world.submit("two", audio=None, upload_id=upload, owner="bob")
+    result = world.result()
+    assert (result.error and result.error.code, result.owner) == ("upload_not_found", "bob")
+
+
+def test_a_stored_voice_brings_its_recording_and_its_words(world: World) -> None:
+    consent = Consent(kind="attestation", statement="I agree.", by="Ada", given_at=0.0)
+    voice = Voice(id="voice_" + "2" * 24, name="Ada", text="What she says.", duration_s=1.0, sha256="", created_at=0.0,
+                  consent=consent)  # fmt: skip
+    world.store.put(voice_key("ann", voice.id, "reference"), b"RIFF")
+    world.store.put(voice_key("ann", voice.id, "voice.json"), voice.model_dump_json().encode())
+    clone = {"edit": {"type": "clone", "target_text": "Hello."}}
+    world.submit(audio=None, voice="Ada", owner="ann", request=clone)
+    [step] = world.due(1, world.steps)
+    job = world.jobs.get(json.loads(step)["job_id"])
+    assert job.request.text == "What she says."
+    assert job.route.steps[1].parameters["text"] == "What she says."
+    assert world.store.get(job.step.inputs["audio"]) == b"RIFF"
+    world.submit("two", audio=None, voice="Eve", owner="ann", request=clone)
+    result = world.result()
+    assert result.error is not None
+    assert result.error.code == "voice_not_found"
+
+
+def test_a_webhook_is_left_for_a_gateway_to_send(world: World) -> None:
+    request = {"edit": {"type": "denoise"}, "webhook_url": "https://example.org/hook"}
+    world.submit(request=request)
+    world.submit("two", request={**request, "edit": {"type": "vad"}})
+    jobs = [json.loads(step)["job_id"] for step in world.due(2, world.steps)]
+    assert [recall(world.store, job_id)[0] for job_id in jobs] == [0, 0]
+    world.submit(request=request)  # again: it makes no job, and leaves nothing to be told
+    world.due(1, world.results)
+    assert len(list(world.store.list("webhooks/"))) == 2
+
+
+def test_what_the_checkpoint_cannot_do_is_rejected(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.resolve("nano")
+    intake = Intake(MemoryBus(), FolderStore(tmp_path), MemoryJobStore(), checkpoint=checkpoint)
+    russian = {"edit": {"type": "style", "detail": "whisper"}, "text": "Добрый день, друзья"}
+    audio = base64.b64encode(b"RIFF").decode()
+    with pytest.raises(UserError, match="Cyrillic"):
+        intake.accept(Submission.model_validate({"submission_id": "x", "request": russian, "audio": audio}))
+
+
+def test_a_submission_with_a_wrong_request_is_answered_with_the_reason(world: World) -> None:
+    world.submit(request={"edit": {"type": "sing"}}, owner="ann")
+    result = world.result()
+    assert (result.state, result.submission_id, result.owner) == ("rejected", "one", "ann")
+    assert result.error is not None
+    assert "request.edit.type" in result.error.message
+    assert len(list(dead_letters(world.bus, quiet_s=0.3))) == 1
 
 
 def test_the_same_submission_sent_again_is_one_job(world: World) -> None:

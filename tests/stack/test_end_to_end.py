@@ -6,6 +6,8 @@ import base64
 import io
 import json
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -62,7 +64,8 @@ class Client:
             assert time.monotonic() < until, f"no result for {name}"
             for record in self.reader.poll(0.2, max_records=50):
                 result = Result.model_validate_json(record.value)
-                self.results[result.submission_id] = result
+                if result.state != "accepted":
+                    self.results[result.submission_id] = result
         return self.results[name]
 
 
@@ -88,6 +91,19 @@ def test_an_edit_over_kafka_comes_back_as_audio(stack: Stack, client: Client) ->
     assert 0.1 < len(samples) / 24_000 <= 1.5
     assert np.isfinite(samples).all()
     assert [timing.kind for timing in result.timings] == ["tokenize", "generate", "decode"]
+
+
+def test_the_documented_example_runs_as_it_stands(stack: Stack, recording: bytes, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs/messages/README.md").read_text()
+    example = text.partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "recording.wav").write_bytes(recording)
+    broker = f"127.0.0.1:{stack.server_ports['broker']}"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", example.replace("localhost:18011", broker)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S,
+    )  # fmt: skip
+    states = [line.split()[0] for line in done.stdout.splitlines()]
+    assert states == ["accepted", "done"], done.stdout + done.stderr
 
 
 def test_iterations_give_one_recording_each(stack: Stack, client: Client) -> None:

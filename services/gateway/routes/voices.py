@@ -11,9 +11,10 @@ from services.gateway import bodies, openapi
 from services.gateway.dependencies import Caller, GatewayOf, PayingCaller
 from services.gateway.problems import responses
 from services.gateway.recordings import decoded
-from services.gateway.schemas import Voice, VoiceBody
+from services.gateway.schemas import VoiceBody
 from services.gateway.threads import blocking
 from services.gateway.voices import NewVoice
+from shared.recordings import Voice
 
 router = APIRouter(prefix="/v1/audio/voices", tags=["voices"])
 EXAMPLE: dict[str, JsonValue] = {

@@ -9,12 +9,12 @@ import httpx
 import pytest
 
 from services.gateway.metrics import Metrics
-from services.gateway.metrics_reader import MetricsReader
+from services.gateway.results import ResultsReader
 from shared.bus.memory import MemoryBus
 from shared.schemas.exchange import RESULTS, Result
 from shared.schemas.job import JobError, StepTiming
 from shared.tallies import looked_up, passed
-from tests.fixtures.gateways import wav
+from tests.fixtures.gateways import Served, wav
 
 COUNTED = (
     ("editx_batch_passes_total", {"model": "decoder"}),
@@ -69,11 +69,12 @@ def test_a_job_that_was_given_up_counts_as_failed_and_as_a_dead_letter() -> None
     assert value(metrics, "editx_job_seconds_count") == 0
 
 
-def test_a_result_told_twice_counts_once_and_older_or_strange_ones_not_at_all() -> None:
+def test_a_result_told_twice_counts_once_and_older_or_strange_ones_not_at_all(served: Served) -> None:
     bus, metrics = MemoryBus(), Metrics()
     now = time.time()
-    reader = MetricsReader(bus, metrics)
-    for found in (result("old", now - 3_600), result("new", now), result("new", now), result("last", now)):
+    reader = ResultsReader(bus, metrics, served.gateway.webhooks)
+    told = [result("begun", now, state="accepted"), result("old", now - 3_600), *[result("new", now)] * 2]
+    for found in (*told, result("last", now)):
         bus.publish(RESULTS, found.job_id, found.model_dump_json().encode())
         bus.publish(RESULTS, found.job_id, b"not a result")
     reader.start()

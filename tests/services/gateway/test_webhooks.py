@@ -17,6 +17,7 @@ from standardwebhooks.webhooks import Webhook
 from services.gateway import webhooks
 from services.gateway.addresses import RefusedAddress, is_public, resolve
 from services.gateway.webhooks import Webhooks
+from shared.outbox import PREFIX
 from tests.fixtures.gateways import Served, serving, wav
 from tests.fixtures.receiver import Receiver
 
@@ -48,7 +49,7 @@ def submit(served: Served, url: str) -> httpx.Response:
 
 
 def outbox(served: Served) -> list[str]:
-    return [info.key for info in served.system.store.list(webhooks.PREFIX)]
+    return [info.key for info in served.system.store.list(PREFIX)]
 
 
 def emptied(served: Served, timeout_s: float = 5.0) -> bool:

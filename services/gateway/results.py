@@ -1,5 +1,5 @@
-"""Counts the jobs of all services in a gateway's metrics, from the topic of results. Gateways share the topic, so their
-numbers add up. Knows nothing about how results are told to anybody else.
+"""Reads the topic of results: jobs of all services are counted in this gateway's metrics, and the ends of those that
+came over the bus are told by webhook. Gateways share the topic, so their numbers add up, and each end is told by one.
 """
 
 from __future__ import annotations
@@ -11,28 +11,30 @@ import time
 from pydantic import ValidationError
 
 from services.gateway.metrics import Metrics
+from services.gateway.webhooks import Webhooks
 from shared.bus.port import Bus, Delivery, Subscription
 from shared.errors import TransientError
 from shared.schemas.exchange import RESULTS, Result
 
 log = logging.getLogger(__name__)
-GROUP = "editx-gateway-metrics"
+GROUP = "editx-gateway"
 POLL_S = 0.5
 RECORDS_MAX = 200
 REMEMBERED_MAX = 10_000
 AGAIN_S = 5.0
 
 
-class MetricsReader:
+class ResultsReader:
     """Reads results in a thread, from `start` until `stop`; those of jobs that ended before `start` do not count."""
 
-    def __init__(self, bus: Bus, metrics: Metrics) -> None:
+    def __init__(self, bus: Bus, metrics: Metrics, webhooks: Webhooks) -> None:
         self._bus = bus
         self._metrics = metrics
+        self._webhooks = webhooks
         self._began = time.time()
         self._counted: dict[str, None] = {}  # job ids in order, since a result may be told twice
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="results", daemon=True)
 
     def start(self) -> None:
         """Begin reading. A bus that does not answer is tried again."""
@@ -49,7 +51,7 @@ class MetricsReader:
             try:
                 reader = self._bus.subscribe([RESULTS], GROUP)
             except TransientError as error:
-                log.warning("results are not counted for now: %s", error)
+                log.warning("results are not read for now: %s", error)
                 self._stop.wait(AGAIN_S)
                 continue
             try:
@@ -61,19 +63,22 @@ class MetricsReader:
     def _read(self, reader: Subscription) -> None:
         deliveries = reader.poll(POLL_S, max_records=RECORDS_MAX)
         for delivery in deliveries:
-            self._count(delivery)
+            self._take(delivery)
         try:
             if deliveries:
                 reader.commit({delivery.partition: delivery.offset + 1 for delivery in deliveries})
         except TransientError as error:
-            log.warning("counted results are not committed: %s", error)
+            log.warning("results that were read are not committed: %s", error)
 
-    def _count(self, delivery: Delivery) -> None:
+    def _take(self, delivery: Delivery) -> None:
         try:
             result = Result.model_validate_json(delivery.value)
         except ValidationError as error:
             log.warning("not a result, at %s offset %d: %s", delivery.partition, delivery.offset, error)
             return
+        if result.state == "accepted":
+            return
+        self._webhooks.heard(result)
         if result.finished_at < self._began or result.job_id in self._counted:
             return
         self._counted[result.job_id] = None
