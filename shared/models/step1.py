@@ -248,7 +248,8 @@ class Step1(nn.Module):
 
         Runs in chunks that end at multiples of `chunk`, so memory beside weights and cache stays under
         chunk x (3 intermediate + 6 hidden) elements, and on a GPU one bias block of H x chunk x context elements
-        (48 heads, 8192 tokens, bf16: 384 MiB); on a CPU the bias is a view and costs nothing.
+        (48 heads, 8192 tokens, bf16: 384 MiB); on a CPU the bias is a view and costs nothing. Int8 weights take one
+        matrix in the working dtype on top.
         """
         cache.room(slot, len(token_ids))
         ids = token_ids.to(self.device)

@@ -1,12 +1,15 @@
 """Step1 against the official implementation and against itself: whole sequences, packing, cache, static decode."""
 
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.profiler import ProfilerActivity, profile
 
 from shared.models import step1_attention
 from shared.models.step1 import Step1, Step1Config
@@ -74,6 +77,28 @@ def test_a_prompt_longer_than_a_chunk_equals_the_whole_sequence(model: Step1) ->
     with torch.no_grad():
         hidden, _ = model(ids)
     torch.testing.assert_close(last, hidden[0, -1], atol=1e-4, rtol=0)
+
+
+def most_bytes(work: Callable[[], object]) -> int:
+    """The most memory that a piece of work holds at a time on top of what is there before it, as torch allocates it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+        work()
+    events = measured.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate(size for _, size in changes))
+
+
+def test_prefill_stays_under_its_memory_bound_however_long_the_prompt() -> None:
+    config = Step1Config(hidden_size=96, intermediate_size=256, num_attention_heads=6, num_attention_groups=2,
+                         num_hidden_layers=2, vocab_size=64)  # fmt: skip
+    model = Step1(config)
+    model.initialise()
+    prompt, cache = torch.randint(0, 64, (1536,)), model.new_cache(slots=2, capacity=1536)
+    model.prefill(prompt, cache, 0)  # the bias grows once and stays
+    bound = model.chunk * (3 * 256 + 6 * 96) * 4
+    assert most_bytes(lambda: model.prefill(prompt, cache, 1)) <= bound < 6 * 1536 * 1536 * 4 / 8
+    cache.lengths = [1535, 1535]
+    assert most_bytes(lambda: model.decode(torch.tensor([1, 2]), cache, [0, 1])) < 6 * 1536 * 4
 
 
 def test_static_decode_equals_decode_and_ignores_idle_slots(model: Step1, golden: dict[str, torch.Tensor]) -> None:
