@@ -1,4 +1,4 @@
-"""The topics of the bus and the groups that read them: the constants that brokers and autoscalers are set up by.
+"""The topics of the bus, the groups that read them, and what a bucket lets expire: what servers are set up by.
 
 Knows names and numbers only.
 """
@@ -18,6 +18,11 @@ PARTITIONS = 32
 """Of each topic that carries steps: at least the most workers that one service may have."""
 FEW_PARTITIONS = 4
 """Of topics that are read by one process or by people."""
+
+EXPIRING = ("jobs/", "uploads/", "batches/", "webhooks/")
+"""What lies below these prefixes of the artifact store goes by the bucket's own policy, if nobody removed it before."""
+EXPIRE_DAYS = 8
+"""A day longer than jobs are kept unless told otherwise."""
 
 
 def group_of(service: str) -> str:

@@ -10,7 +10,7 @@ from pydantic import Field
 from shared.bus import kafka
 from shared.service import ServiceSettings
 from shared.store import s3
-from shared.topology import PARTITIONS, topics
+from shared.topology import EXPIRE_DAYS, EXPIRING, PARTITIONS, topics
 
 
 class PrepareSettings(ServiceSettings):
@@ -18,7 +18,7 @@ class PrepareSettings(ServiceSettings):
 
     partitions: int = Field(default=PARTITIONS, ge=1)
     replication: int = Field(default=1, ge=1)
-    expire_days: int = Field(default=8, ge=1)
+    expire_days: int = Field(default=EXPIRE_DAYS, ge=1)
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     bus = kafka.connect(settings.bus_url)
     bus.create_topics(topics(settings.partitions), replication=settings.replication)
     bus.close()
-    s3.connect(settings.store_url).create_bucket(dict.fromkeys(("jobs/", "uploads/"), settings.expire_days))
+    s3.connect(settings.store_url).create_bucket(dict.fromkeys(EXPIRING, settings.expire_days))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from shared.checkpoints.layout import Checkpoint
 from shared.errors import UserError
 from shared.jobs.redis import RedisJobStore
 from shared.store.s3 import S3Store
-from shared.topology import topics
+from shared.topology import EXPIRE_DAYS, EXPIRING, SERVICES, topics
 
 BUCKET = "editx"
 BROKER_BUCKET = "broker"
@@ -36,7 +36,7 @@ PORTS = {"store": 0, "redis": 10, "broker": 11, "triton": 21, "gateway": 30, "di
 """How far above the stack's port each process listens. Triton by gRPC; HTTP is one below, its metrics one above."""
 SPAN = 50
 """How many ports a stack has for itself."""
-WORKERS = ("tokenizer", "llm", "decoder", "reward")
+WORKERS = tuple(SERVICES)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Options:
     port: int = 18_000
     checkpoint: str = "nano"
     inference: Literal["triton", "local", "null"] = "triton"
-    services: tuple[str, ...] = ("tokenizer", "llm", "decoder", "reward")
+    services: tuple[str, ...] = WORKERS
     workers: int = 1
     slots: int = 4
     gateway: bool = True
@@ -182,7 +182,7 @@ class Stack:
         self.folder.mkdir(parents=True, exist_ok=True)
         names = self.names()
         self._start_all([name for name in names if name in ("store", "disk")])
-        self.store().create_bucket()
+        self.store().create_bucket(dict.fromkeys(EXPIRING, EXPIRE_DAYS))
         if "disk" in names:
             self._bucket(BROKER_BUCKET, "disk").create_bucket()
         self._start_all([name for name in names if name in ("redis", "broker")])
@@ -288,7 +288,7 @@ class Stack:
         service = name.rpartition("-")[0] or name
         module = (
             ["editx.stack.null", service]
-            if self.options.inference == "null" and name != "intake"
+            if self.options.inference == "null" and service in SPECS
             else [f"services.{service}.worker"]
         )
         alive = _alive_file(self.folder, name)

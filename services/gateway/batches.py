@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from services.gateway.access import Principal
-from services.gateway.gateway import Gateway
+from services.gateway.gateway import BATCHES, Gateway
 from services.gateway.problems import NotFound
 from services.gateway.schemas import BatchView
 from services.gateway.submission import Submission, accept, is_gone
@@ -23,7 +23,6 @@ from shared.jobs.port import IdempotencyConflict, JobNotFound
 from shared.schemas import Job
 from shared.store.port import ArtifactNotFound
 
-PREFIX = "batches/"
 BATCH_ID = re.compile(r"batch_[0-9a-f]{32}")
 
 
@@ -104,4 +103,4 @@ def _record(gateway: Gateway, principal: Principal, batch_id: str) -> dict[str, 
 
 
 def _key(owner: str, batch_id: str) -> str:
-    return f"{PREFIX}{owner}/{batch_id}.json"
+    return f"{BATCHES}{owner}/{batch_id}.json"

@@ -22,6 +22,7 @@ from shared.recordings import UPLOADS
 
 log = logging.getLogger(__name__)
 TIDY_EVERY_S = 600.0
+BATCHES = "batches/"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,14 +63,19 @@ class Gateway:
         )
 
     async def watch(self) -> None:
-        """Keep the backlog fresh and remove uploads that nobody used, until cancelled."""
+        """Keep the backlog fresh and remove what has expired, until cancelled."""
         tidy_at = 0.0
         while True:
             try:
                 await blocking(self.admission.look)
                 if time.monotonic() >= tidy_at:
                     tidy_at = time.monotonic() + TIDY_EVERY_S
-                    await blocking(self.backend.store.expire, UPLOADS, self.settings.upload_keep_s)
+                    await blocking(self.tidy)
             except EditxError as error:
                 log.warning("the backlog is not known: %s", error)
             await asyncio.sleep(self.settings.backlog_every_s)
+
+    def tidy(self) -> None:
+        """Remove uploads that nobody used, and batches whose jobs have expired."""
+        self.backend.store.expire(UPLOADS, self.settings.upload_keep_s)
+        self.backend.store.expire(BATCHES, self.settings.job_keep_s)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from editx.stack.stack import Stack
+from editx.stack.stack import BUCKET, Stack
 from editx.trace import lines, read_spans, trees
 from services.decoder.model import DecoderModel
 from services.llm.model import LlmModel
@@ -31,6 +31,7 @@ from shared.deadletters import dead_letters
 from shared.inference.port import InferenceRequest
 from shared.inference.triton import connect
 from shared.schemas.exchange import RESULTS, SUBMISSIONS, Result
+from shared.topology import EXPIRE_DAYS, EXPIRING
 
 PATIENCE_S = 60.0
 SHORT = {"max_duration_s": 1.2}
@@ -266,6 +267,11 @@ def test_a_broker_and_a_redis_that_restart_lose_nothing(stack: Stack, client: Cl
     stack.restart("broker", kill=True)
     stack.restart("redis", kill=True)
     assert [client.result(f"restarted-{number}").state for number in range(3)] == ["done"] * 3
+
+
+def test_what_is_left_behind_expires_by_the_buckets_own_policy(stack: Stack) -> None:
+    rules = stack.store()._client.get_bucket_lifecycle(bucket_name=BUCKET).rules
+    assert {rule.rule_filter.prefix: rule.expiration.days for rule in rules} == dict.fromkeys(EXPIRING, EXPIRE_DAYS)
 
 
 def test_every_process_is_seen_and_ends_by_itself_when_asked(stack: Stack) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,19 @@ def test_a_batch_is_many_jobs_under_one_id(client: httpx.Client) -> None:
     assert client.delete(f"/v1/batches/{batch['id']}").status_code == 204
     assert client.get(f"/v1/batches/{batch['id']}").status_code == 404
     assert client.get(f"/v1/jobs/{batch['jobs'][0]}").status_code == 404
+
+
+def test_uploads_and_batches_go_when_their_time_is_over(served: Served) -> None:
+    store, settings = served.system.store, served.gateway.settings
+    for key in ("uploads/local/upl_1", "batches/local/batch_1.json", "voices/local/voice_1/voice.json"):
+        store.put(key, b"{}")
+    served.gateway.tidy()
+    assert store.get("batches/local/batch_1.json") == b"{}"
+    over = settings.model_copy(update={"upload_keep_s": -1.0, "job_keep_s": -1.0})
+    replace(served.gateway, settings=over).tidy()
+    assert [info.key for prefix in ("uploads/", "batches/") for info in store.list(prefix)] == []
+    assert store.get("voices/local/voice_1/voice.json") == b"{}"
+    store.delete("voices/local/voice_1/voice.json")
 
 
 def test_a_batch_with_one_bad_edit_makes_no_job(client: httpx.Client) -> None:
