@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from editx.cli import options
+from editx.cli.remote import check_device
 
 Prompts = Annotated[Path, typer.Argument(help="Folder of a set whose rows are the prompts, built with keep_audio.")]
 Sets = Annotated[Path, typer.Option(help="Folder of data sets.")]
@@ -58,6 +59,7 @@ def candidates(
     from shared.checkpoints.layout import Checkpoint
     from shared.checkpoints.step1 import load_text_tokenizer
 
+    check_device(device)
     found, asked, served = Checkpoint.resolve(checkpoint), Dataset.load(prompts), Served()
     try:
         with _bar("prompts") as show:

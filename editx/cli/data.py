@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from editx.cli import candidates, options
+from editx.cli.remote import check_device
 
 if TYPE_CHECKING:
     from services.trainer.data.build import Tokenize
@@ -211,6 +212,7 @@ def _tokenizer(checkpoint: str, device: str) -> Iterator[Callable[[], Tokenize]]
     from services.trainer.data.build import tokenize_with
     from shared.checkpoints.layout import Checkpoint
 
+    check_device(device)
     served = Served()
     try:
         yield lambda: tokenize_with(served(Checkpoint.resolve(checkpoint).root, device))

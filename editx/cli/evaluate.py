@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from editx.cli import options
+from editx.cli.remote import check_device
 
 app = typer.Typer(help="Benchmark edits: accuracy by iteration, words, voice and naturalness.", no_args_is_help=True)
 
@@ -56,6 +57,7 @@ def run(
     from shared.checkpoints.reward import reward_folder
     from shared.checkpoints.step1 import load_text_tokenizer
 
+    check_device(device)
     cases = read_cases(benchmark)
     cost = Cost(judge_rate, judge_cost, judge_budget)
     asked = open_judge(judge, out / "judge-cache", url=judge_url, key=judge_key, cost=cost)
@@ -97,8 +99,13 @@ def report(
     """Tables and pictures of one system or several, with bootstrap intervals and paired gains."""
     from services.trainer.evaluate.report import write_report
     from services.trainer.evaluate.runner import read_results
+    from shared.errors import UserError
 
-    typer.echo(write_report({path.name: read_results(path) for path in results}, out).read_text(encoding="utf-8"))
+    found = {path.name: read_results(path) for path in results}
+    for path in results:
+        if not found[path.name]:
+            raise UserError(f"There are no results in {path}.", "Give a folder of `editx eval run`.")
+    typer.echo(write_report(found, out).read_text(encoding="utf-8"))
 
 
 @app.command("make-benchmark")

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from editx.cli import options
+from editx.cli.remote import check_device
 
 if TYPE_CHECKING:
     from services.trainer.jobs import TrainingSettings
@@ -110,6 +111,7 @@ def post(
         raise UserError(f"There is no form {form!r}.", f"Known: {', '.join(FORMS)}.", "invalid_training")
     chosen = with_entries(FORMS[form](), read_config(config) if config else {})
     chosen = with_entries(chosen, parse_assignments(entries or []))
+    check_device(chosen.device)
     wanted = stage or list(STAGES)
     served = Served()
     try:
@@ -144,7 +146,7 @@ def submit(
     Data sets that are folders here, and a judge's file, are put into the artifact store, where every worker finds them.
     """
     from services.trainer.data.manifest import Dataset
-    from services.trainer.jobs import check_gate, publish_judge
+    from services.trainer.jobs import check_gate, publish_judge, require_published
     from shared.jobs import machine
     from shared.publishing import publish_step
     from shared.schemas import JobRequest
@@ -158,6 +160,8 @@ def submit(
     surroundings = ServiceSettings()
     local = {name: Path(source) for name in ("dataset", "held_out")
              if (source := getattr(settings, name)) and Path(source).exists()}  # fmt: skip
+    for source in {settings.dataset, settings.held_out} - {None, *(str(path) for path in local.values())}:
+        require_published(open_store(surroundings.store_url), str(source))
     heard = settings.judge is not None and Path(settings.judge).is_file()
     if local or heard:
         store = open_store(surroundings.store_url)
@@ -213,6 +217,7 @@ def _run(recipe: str, settings: TrainingSettings, out: Path, device: str) -> Non
     observer = Bar(recipe) if rank == 0 else Silent()
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+    check_device(device)
     store = open_store(os.environ.get("EDITX_STORE_URL") or f"file://{(out / 'store').absolute()}")
     with _measured(), closing(Served()) as served:
         measures = carry_out(recipe, settings, training_place(out, store, device, observer, served))

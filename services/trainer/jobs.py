@@ -27,7 +27,7 @@ from services.trainer.core.export import write_checkpoint, write_sums
 from services.trainer.core.hashes import weights_hash
 from services.trainer.core.runs import Observer
 from services.trainer.core.sampling import Vocabulary
-from services.trainer.data.manifest import Dataset, fetch
+from services.trainer.data.manifest import SUMS, Dataset, fetch
 from services.trainer.data.rows import Row, reason
 from services.trainer.evaluate.acoustic import AcousticJudge
 from services.trainer.evaluate.asking import JudgeSettings, is_remote
@@ -38,7 +38,7 @@ from services.trainer.ppo.config import PpoConfig
 from services.trainer.ppo.rollouts import Scorer
 from services.trainer.ppo.sources import MakeRollouts, MakeScorer, Request, ServeModels, local_rollouts, local_scorer
 from services.trainer.ppo.trainer import PpoTrainer, as_critic, hardest, prompts_of, start_scores
-from services.trainer.reward.trainer import RewardConfig, RewardTrainer
+from services.trainer.reward.trainer import RewardConfig, RewardTrainer, make_pairs
 from services.trainer.sft.trainer import SftConfig, SftTrainer, evaluate_loss
 from shared.checkpoints.layout import Checkpoint
 from shared.checkpoints.manifest import sha256
@@ -46,7 +46,7 @@ from shared.checkpoints.reward import FOLDER, load_reward, reward_folder
 from shared.checkpoints.step1 import load_step1, load_text_tokenizer
 from shared.errors import PermanentError, UserError
 from shared.prompts import TextTokenizer
-from shared.store.port import ArtifactStore
+from shared.store.port import ArtifactNotFound, ArtifactStore, InvalidKey
 
 
 class TrainingSettings(BaseModel):
@@ -87,9 +87,14 @@ class Place:
     serve: ServeModels | None = None
 
     def dataset(self, source: str) -> Dataset:
-        """A data set by folder, or by prefix in the store."""
+        """A data set by folder, or by prefix in the store. Raises UserError for none, and for one without rows."""
         path = Path(source)
-        return Dataset.load(path) if path.exists() else fetch(self.store, source, self.folder)
+        if not path.exists():
+            require_published(self.store, source)
+        found = Dataset.load(path) if path.exists() else fetch(self.store, source, self.folder)
+        if not found.rows:
+            raise UserError(f"The data set {source} has no rows.", code="invalid_dataset")
+        return found
 
     def judge(self, name: str) -> tuple[Judge, str]:
         """A judge by its file, by the file's key in the store, or by its model; and what it is, in a hash or name."""
@@ -100,7 +105,11 @@ class Place:
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / "judge.json"
-            path.write_bytes(self.store.get(name))
+            try:
+                path.write_bytes(self.store.get(name))
+            except (ArtifactNotFound, InvalidKey) as error:
+                raise UserError(f"There is no judge {name}: neither a file here nor in the store.",
+                                "Fit one with `editx eval fit-judge`.", "judge_not_found") from error  # fmt: skip
         return JudgeSettings().open(str(path), cache), sha256(path)
 
 
@@ -116,6 +125,16 @@ MEASURED: dict[str, tuple[str, ...]] = {
 """What each recipe measures on held_out; reward also "accuracy GROUP" for every group of its pairs, and ppo JUDGE_GAIN
 where it has a judge."""
 JUDGE_GAIN = "judge_gain"
+
+
+def require_published(store: ArtifactStore, source: str) -> None:
+    """Raises UserError where the store has no data set under a prefix."""
+    try:
+        store.stat(f"{source}/{SUMS}")
+    except (ArtifactNotFound, InvalidKey) as error:
+        raise UserError(f"There is no data set {source}: neither a folder here nor a prefix in the store.",
+                        "`editx data build` makes one, `editx data publish` puts it there.",
+                        "dataset_not_found") from error  # fmt: skip
 
 
 def publish_judge(path: Path, store: ArtifactStore) -> str:
@@ -215,6 +234,7 @@ def _reward(settings: TrainingSettings, place: Place) -> Measures:
     config = with_entries(RewardConfig(), _loop(settings, place))
     data, held_out = _read(settings, place, base, dataset)
     tokenizer = load_text_tokenizer(base)
+    make_pairs(tokenizer, held_out.rows)  # bad ones are named before the training, not after it
     trunk = load_step1(base, dtype=torch.float32, device=place.device)
     trainer = RewardTrainer(trunk, tokenizer, dataset.rows, config, place.folder / "run",
                             data=data, observer=place.observer)  # fmt: skip

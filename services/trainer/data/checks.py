@@ -69,6 +69,8 @@ def read_held_out(path: Path, training: Sequence[Row], tokenize: Callable[[], To
 
     The tokenizer is asked for when a benchmark is compared with rows whose recordings were not there. Raises UserError.
     """
+    if path.is_file() and not any(True for _ in numbered_lines(path)):
+        raise UserError(f"The evaluation set {path} is empty.", code="invalid_dataset")
     if path.is_file() and _holds_cases(path):
         by_tokens = any(side.is_hashed_by_tokens for row in training for side in _sides(row))
         return HeldOut.of_cases(str(path), read_cases(path), tokenize() if by_tokens else None)

@@ -111,9 +111,10 @@ class Dataset:
         if folder.is_file():
             return replace(read_rows(folder, name=folder.stem), folders=(folder.parent,))
         if not (folder / MANIFEST).exists():
-            raise UserError(f"{folder} is no data set: it has no {MANIFEST}.",
+            why = f"it has no {MANIFEST}" if folder.exists() else "it is not there"
+            raise UserError(f"{folder} is no data set: {why}.",
                             "Give a folder that `editx data build` wrote.", "dataset_not_found")  # fmt: skip
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = _manifest(folder / MANIFEST)
         read = read_rows(folder / ROWS, name=manifest["name"])
         dataset = cls(
             manifest["name"],
@@ -128,7 +129,12 @@ class Dataset:
         return dataset
 
     def publish(self, store: ArtifactStore) -> str:
-        """Put the set with its recordings into the object store; its prefix there. The hashes of all come last."""
+        """Put the set with its recordings into the object store; its prefix there. The hashes of all come last.
+
+        Raises UserError for a set without rows.
+        """
+        if not self.rows:
+            raise UserError(f"The set {self.name} has no rows.", code="invalid_dataset")
         prefix, sums = f"datasets/{self.name}/{self.version}", {}
         rows = "".join(row.model_dump_json() + "\n" for row in self.rows).encode()
         manifest = json.dumps(self.manifest(), ensure_ascii=False).encode()
@@ -138,6 +144,17 @@ class Dataset:
             sums[name] = hashlib.sha256(content).hexdigest()
         store.put(f"{prefix}/{SUMS}", "".join(f"{sum}  {name}\n" for name, sum in sorted(sums.items())).encode())
         return prefix
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not {"name", "made_by", "refused", "sha256"} <= found.keys():
+            raise ValueError("entries are missing")
+    except ValueError as error:
+        raise UserError(f"{path} is no manifest: {error}.", "Build or fetch the set again.", "dataset_damaged"
+                        ) from error  # fmt: skip
+    return found
 
 
 def find_audio(name: str | None, folders: Sequence[Path]) -> Path | None:
@@ -169,8 +186,9 @@ def read_rows(path: Path, *, name: str, on_bad: OnBad = "fail") -> Dataset:
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"The rows {path} cannot be read: {error.strerror}.", code="dataset_not_found") from error
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "they are no UTF-8 text"
+        raise UserError(f"The rows {path} cannot be read: {why}.", code="dataset_not_found") from error
     return collect(name, _parsed(lines, path, on_bad), on_bad=on_bad)
 
 

@@ -101,6 +101,8 @@ def read_cases(path: Path) -> list[tuple[Case, Path]]:
         if case.key not in seen:
             cases.append((case, audio))
             seen.add(case.key)
+    if not cases:
+        raise UserError(f"The benchmark {path} holds no cases.", code="bad_row")
     return cases
 
 

@@ -32,6 +32,7 @@ from services.trainer.core.settings import (
     trainable,
 )
 from services.trainer.data.rows import Row
+from shared.errors import UserError
 from shared.models.step1 import Step1
 from shared.prompts import TextTokenizer
 
@@ -71,6 +72,9 @@ class SftTrainer:
         self.vocabulary, self.audio_offset = vocabulary_of(tokenizer, config), tokenizer.audio_offset
         self.chats: list[Encoded] = [chat for chat in chats if len(chat.ids) <= config.row_tokens]
         self.left_out = len(chats) - len(self.chats)
+        if not self.chats:
+            raise UserError(f"None of {len(chats)} rows fits into row_tokens={config.row_tokens}.",
+                            "Raise row_tokens.", "invalid_training")  # fmt: skip
         self.batches = self._plan()
         self.per_step = self.loop.accumulate * self.group.world
         self.model = cast(Step1, prepare(model, self.loop, self.group))
@@ -154,13 +158,17 @@ def sft_loss(
 
 @torch.no_grad()
 def evaluate_loss(model: Step1, tokenizer: TextTokenizer, rows: Sequence[Row], config: SftConfig) -> float:
-    """Mean -log p per answer token of held-out rows, in nats."""
+    """Mean -log p per answer token of held-out rows, in nats. Raises UserError naming one that is too long."""
     chats = [encode(tokenizer, row.turns(), row.target.mixed) for row in rows]
+    for row, chat in zip(rows, chats, strict=True):
+        if len(chat.ids) > config.row_tokens:
+            raise UserError(f"The held-out row {row.id} has {len(chat.ids)} tokens, row_tokens is {config.row_tokens}.",
+                            "Raise row_tokens, or leave the row out.", "bad_row")  # fmt: skip
     plan = plan_rows([len(chat.ids) for chat in chats], range(len(chats)), config.row_tokens)
     total = sum(chat.answer_tokens for chat in chats)
     loss = 0.0
-    for row in plan:
-        batch = packed([[chats[item] for item in row]]).to(config.loop.device)
+    for items in plan:
+        batch = packed([[chats[item] for item in items]]).to(config.loop.device)
         with config.loop.autocast():
             loss += float(sft_loss(model, batch, total, vocabulary_of(tokenizer, config)))
     return loss

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from services.trainer.core.batches import encode
 from services.trainer.core.runs import RunStopped, Silent, read_log
 from services.trainer.core.settings import LoopConfig
+from services.trainer.data.rows import Side
 from services.trainer.sft.trainer import SftConfig, SftTrainer, evaluate_loss
 from shared.errors import MissingComponent, UserError
-from tests.services.trainer.conftest import make_row
+from tests.services.trainer.conftest import make_row, random_codes
 
 ROWS = [make_row(i) for i in range(12)]
 CONFIG = SftConfig(epochs=2, row_tokens=1024, rows_per_batch=1,
@@ -104,8 +106,12 @@ def test_a_folder_of_another_config_or_other_data_is_refused(fresh, tokenizer, t
 
 
 def test_chats_longer_than_a_row_are_left_out_and_counted(fresh, tokenizer, tmp_path: Path) -> None:
-    trainer = SftTrainer(fresh(), tokenizer, ROWS, replace(CONFIG, row_tokens=64), tmp_path)
-    assert trainer.left_out == len(ROWS)
+    fits = max(len(encode(tokenizer, row.turns(), row.target.mixed).ids) for row in ROWS)
+    long = ROWS[0].model_copy(update={"target": Side(text="so long", mixed=random_codes(40, 0))})
+    trainer = SftTrainer(fresh(), tokenizer, [*ROWS, long], replace(CONFIG, row_tokens=fits), tmp_path / "a")
+    assert trainer.left_out == 1
+    with pytest.raises(UserError, match="None of 1 rows fits into row_tokens"):
+        SftTrainer(fresh(), tokenizer, [long], replace(CONFIG, row_tokens=fits), tmp_path / "b")
 
 
 def test_a_loss_that_is_no_number_stops_the_run(fresh, tokenizer, tmp_path: Path) -> None:
