@@ -229,6 +229,31 @@ def simple_edits(
             yield work.row(place + 1, f"{kind}-{recording.id}", make)
 
 
+def prompts(
+    recordings: Iterable[Recording | Refused], manners: Sequence[str], tokenize: Tokenize, *, work: Work = AT_ONCE
+) -> Iterator[Row | Refused]:  # fmt: skip
+    """Edits that nobody has answered, for candidates and PPO: each recording and one of the manners, in turn.
+
+    The source stands in the answer's place, whose words and length it has; nothing can be learned from it. Refused
+    recordings are passed on.
+    """
+    for place, recording in enumerate(recordings):
+        if isinstance(recording, Refused):
+            yield recording
+            continue
+        kind, _, detail = manners[place % len(manners)].partition("/")
+
+        def make(recording: Recording = recording, kind: str = kind, detail: str = detail) -> Row:
+            source = side(recording.text, recording.waveform, tokenize, work)
+            return Row(
+                id=f"prompt-{recording.id}", edit=Edit.model_validate({"type": kind, "detail": detail}),
+                source=source, target=source, speaker=recording.speaker, language=recording.language,
+                licence=recording.licence, origin=f"{recording.origin}, unanswered",
+            )  # fmt: skip
+
+        yield work.row(place + 1, f"prompt-{recording.id}", make)
+
+
 def _simple(kind: str, waveform: Waveform, rng: np.random.Generator) -> tuple[Edit, Waveform, Waveform]:
     """The edit, its source and its target, made from one recording."""
     audio, rate = waveform.samples, waveform.sample_rate_hz

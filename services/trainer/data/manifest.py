@@ -107,13 +107,13 @@ class Dataset:
 
     @classmethod
     def load(cls, folder: Path) -> Dataset:
-        """Read a version's folder, or a bare JSONL file of rows. Raises UserError where the content does not match."""
+        """Read a version's folder (or that of a set of one version), or a bare JSONL file of rows.
+
+        Raises UserError where there is none, where there are several, and where the content does not match.
+        """
         if folder.is_file():
             return replace(read_rows(folder, name=folder.stem), folders=(folder.parent,))
-        if not (folder / MANIFEST).exists():
-            why = f"it has no {MANIFEST}" if folder.exists() else "it is not there"
-            raise UserError(f"{folder} is no data set: {why}.",
-                            "Give a folder that `editx data build` wrote.", "dataset_not_found")  # fmt: skip
+        folder = version_folder(folder)
         manifest = _manifest(folder / MANIFEST)
         read = read_rows(folder / ROWS, name=manifest["name"])
         dataset = cls(
@@ -144,6 +144,21 @@ class Dataset:
             sums[name] = hashlib.sha256(content).hexdigest()
         store.put(f"{prefix}/{SUMS}", "".join(f"{sum}  {name}\n" for name, sum in sorted(sums.items())).encode())
         return prefix
+
+
+def version_folder(folder: Path) -> Path:
+    """The folder of the version that a version's folder, or the folder of a set of one version, stands for."""
+    if (folder / MANIFEST).exists():
+        return folder
+    versions = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
+    if len(versions) == 1:
+        return versions[0]
+    if versions:
+        raise UserError(f"{folder} has {len(versions)} versions: {', '.join(path.name for path in versions)}.",
+                        "Name one of them.", "dataset_not_found")  # fmt: skip
+    why = f"it has no {MANIFEST}" if folder.exists() else "it is not there"
+    raise UserError(f"{folder} is no data set: {why}.", "Give a folder that `editx data build` wrote.",
+                    "dataset_not_found")  # fmt: skip
 
 
 def _manifest(path: Path) -> dict[str, Any]:

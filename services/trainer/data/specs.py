@@ -21,7 +21,7 @@ from services.trainer.core.plots import draw_histograms
 from services.trainer.core.runs import write_json
 from services.trainer.data import build
 from services.trainer.data.checks import check_leaks, read_held_out
-from services.trainer.data.manifest import ROWS, Dataset, OnBad, Refused, collect, find_audio, read_rows
+from services.trainer.data.manifest import ROWS, Dataset, OnBad, Refused, collect, find_audio, read_rows, version_folder
 from services.trainer.data.margin import (
     LOWEST_THRESHOLD,
     Filtered,
@@ -51,7 +51,7 @@ from shared.tags import check_tag
 
 BUILDING = ".building"
 """Where the rows of a build that is not done lie, beside the versions of its set."""
-Kind = Literal["rows", "tts", "triplets", "paralinguistic", "sounds", "simple", "preferences"]
+Kind = Literal["rows", "tts", "triplets", "paralinguistic", "sounds", "simple", "prompts", "preferences"]
 
 
 class TeacherSpec(BaseModel):
@@ -94,6 +94,7 @@ class Spec(BaseModel):
     candidates: Path | None = None
     ratings: list[Path] = Field(default_factory=list)
     speakers: dict[str, list[str]] = Field(default_factory=dict, description="Language to the teacher's speakers.")
+    manners: list[str] = Field(default_factory=list, description='What prompts ask of recordings: "emotion/happy".')
     teacher: TeacherSpec | None = Field(default=None, description="None: the recipes' teacher.")
     keep_audio: bool = Field(default=False, description="Keep the recordings with the set, to listen to and judge.")
     count: int = Field(default=100, ge=1)
@@ -121,6 +122,16 @@ class Spec(BaseModel):
     def _one_or_several(cls, rows: object) -> object:
         return rows if isinstance(rows, list) else [rows]
 
+    @field_validator("manners")
+    @classmethod
+    def _known_manners(cls, manners: list[str]) -> list[str]:
+        for manner in manners:
+            try:
+                check_manner(manner)
+            except UserError as error:
+                raise ValueError(error.message) from error
+        return manners
+
     @field_validator("thresholds")
     @classmethod
     def _of_categories(cls, thresholds: dict[str, float]) -> dict[str, float]:
@@ -134,6 +145,8 @@ class Spec(BaseModel):
         bounded = self.threshold is not None or bool(self.thresholds)
         if self.keep_audio and self.kind in ("rows", "preferences"):
             raise ValueError(f"a set of kind {self.kind} keeps the recordings that its rows have: no keep_audio")
+        if bool(self.manners) != (self.kind == "prompts"):
+            raise ValueError("manners are what a set of kind prompts asks for, and it needs some")
         if self.unfiltered and bounded:
             raise ValueError("unfiltered keeps every margin, and a threshold drops some: leave one out")
         if bounded and self.kind not in ("triplets", "rows"):
@@ -214,7 +227,8 @@ def _sets(spec: Spec, folder: Path) -> list[Path]:
     """The files of rows that the set is put together from."""
     if not spec.rows and spec.kind in ("rows", "preferences"):
         raise UserError("The description lacks rows.", code="invalid_dataset")
-    return [folder / path / ROWS if (folder / path).is_dir() else folder / path for path in spec.rows]
+    paths = [folder / path for path in spec.rows]
+    return [version_folder(path) / ROWS if path.is_dir() else path for path in paths]
 
 
 def _with_recordings(row: Row, home: Path) -> Row:
@@ -267,6 +281,8 @@ def _rows(
         return build.paralinguistic(_recordings(spec, folder), teacher(), tokenize(), work=work)
     if spec.kind == "simple":
         return build.simple_edits(_recordings(spec, folder), tokenize(), seed=spec.seed, work=work)
+    if spec.kind == "prompts":
+        return build.prompts(_recordings(spec, folder), spec.manners, tokenize(), work=work)
     sentences, refused = _sentences(spec, folder)
     missing = {s.language for s in sentences} - spec.speakers.keys()
     if missing:
@@ -312,11 +328,16 @@ def _sentence(line: dict[str, Any], needs_manner: bool) -> build.Sentence:
     if manner is None and needs_manner:
         raise UserError("a triplet's text needs the manner that it fits", code="bad_row")
     if manner is not None:
-        kind, _, detail = str(manner).partition("/")
-        if kind not in ("emotion", "style"):
-            raise UserError(f"the manner {manner!r} is neither an emotion/ nor a style/", code="bad_row")
-        check_tag(kind, detail)
+        check_manner(str(manner))
     return build.Sentence(text, language, manner)
+
+
+def check_manner(manner: str) -> None:
+    """Raises UserError for what is no emotion or style."""
+    kind, _, detail = manner.partition("/")
+    if kind not in ("emotion", "style"):
+        raise UserError(f"the manner {manner!r} is neither an emotion/ nor a style/", code="bad_row")
+    check_tag(kind, detail)
 
 
 def _preferences(spec: Spec, folder: Path) -> list[Row | Refused]:

@@ -98,6 +98,28 @@ def test_recordings_are_kept_travel_and_are_those_that_were_hashed(folder: Path)
         bare.recording(bare.rows[0], bare.rows[0].source)
 
 
+def test_recordings_become_prompts_that_nobody_has_answered(folder: Path) -> None:
+    lines = [{"id": f"r{k}", "audio": f"r{k}.wav", "text": f"words {k}", "language": "en", "speaker": f"s{k}",
+              "licence": "CC0-1.0", "origin": "tones"} for k in range(3)]  # fmt: skip
+    for line in lines:
+        write_audio(Waveform(tone(0.4), RATE), folder / line["audio"], "wav")
+    (folder / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    spec = {"kind": "prompts", "name": "prompts", "recordings": "r.jsonl", "keep_audio": True,
+            "manners": ["emotion/sad", "style/whisper"]}  # fmt: skip
+    built = build_spec(spec, folder, lambda: tokenize, root=folder / "sets")
+    made = Dataset.load(built.save(folder / "sets"))
+    assert [str(row.edit) for row in made.rows] == ["emotion sad", "style whisper", "emotion sad"]
+    assert made.recording(made.rows[0], made.rows[0].source).is_file()
+    assert Dataset.load(folder / "sets" / "prompts").version == made.version  # its only version
+    for wrong, why in (({"manners": []}, "it needs some"), ({"manners": ["emotion/sat"]}, "'sat' is no known")):
+        with pytest.raises(UserError, match=why):
+            build_spec(spec | wrong, folder, lambda: tokenize)
+    for change in ({"manners": ["emotion/happy"]}, {}):
+        build_spec(spec | change, folder, lambda: tokenize, root=folder / "sets").save(folder / "sets")
+    with pytest.raises(UserError, match="has 2 versions"):
+        Dataset.load(folder / "sets" / "prompts")
+
+
 @pytest.fixture
 def cloning() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """A cloning API of tones, its address and what it was asked."""
