@@ -20,11 +20,10 @@ from services.gateway.metrics import Metrics
 from services.gateway.problems import Forbidden, TooMuch, Unauthorized
 from services.gateway.settings import GatewaySettings
 from shared.errors import UserError
-from shared.schemas import JobState, Lane, topic_for
+from shared.schemas import Lane, topic_for
 
 ANYBODY = "local"
 BACKLOG_RETRY_S = 5.0
-OPEN = (JobState.ACCEPTED, JobState.RUNNING)
 
 
 class ApiKey(BaseModel):
@@ -128,7 +127,10 @@ class Admission:
             )  # fmt: skip
 
     def jobs(self, principal: Principal, lane: Lane, count: int = 1) -> None:
-        """Let `count` new jobs in. Raises Forbidden, or TooMuch by the principal's open jobs or the lane's backlog."""
+        """Let `count` new jobs in. Raises Forbidden, or TooMuch by the lane's backlog.
+
+        The principal's open jobs are counted as each is stored.
+        """
         if lane not in principal.lanes:
             raise Forbidden(f"This key may not use the {lane} lane.", f"It may use {', '.join(principal.lanes)}.")
         if self.backlog(lane) + count > self._limits[lane]:
@@ -139,16 +141,21 @@ class Admission:
                 "overloaded",
                 retry_after_s=BACKLOG_RETRY_S,
             )
-        limit = principal.open_jobs_max
-        open_jobs = len(self._backend.jobs.list(owner=principal.id, states=OPEN, limit=limit).jobs)
-        if open_jobs + count > limit:
-            self._metrics.refused.labels("open_jobs").inc()
-            raise TooMuch(
-                f"{open_jobs} of your jobs have not ended; {count} more would pass the limit of {limit}.",
-                "Wait for some to end, or cancel them.", "too_many_jobs", retry_after_s=BACKLOG_RETRY_S,
-            )  # fmt: skip
         with self._lock:
             self._backlogs[lane] += count
+
+    def batch(self, principal: Principal, count: int) -> None:
+        """Raise TooMuch where so many jobs at once would pass the principal's limit, before the first is stored."""
+        open_jobs, limit = self._backend.jobs.count_open(principal.id), principal.open_jobs_max
+        if open_jobs + count > limit:
+            raise self.too_many(
+                f"{open_jobs} of your jobs have not ended; {count} more would pass the limit of {limit}."
+            )
+
+    def too_many(self, message: str) -> TooMuch:
+        """The refusal for a principal with too many open jobs, counted."""
+        self._metrics.refused.labels("open_jobs").inc()
+        return TooMuch(message, "Wait for some to end, or cancel them.", "too_many_jobs", retry_after_s=BACKLOG_RETRY_S)
 
     def backlog(self, lane: Lane) -> int:
         """Steps of a lane that waited or ran at the last look, and the jobs let in since then."""

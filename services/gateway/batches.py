@@ -12,13 +12,15 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from services.gateway.access import Principal
 from services.gateway.gateway import BATCHES, Gateway
 from services.gateway.problems import NotFound
 from services.gateway.schemas import BatchView
-from services.gateway.submission import Submission, accept, is_gone
+from services.gateway.submission import Submission, accept, discard, is_gone
+from shared.errors import EditxError
 from shared.jobs.port import IdempotencyConflict, JobNotFound
 from shared.schemas import Job
 from shared.store.port import ArtifactNotFound
@@ -27,7 +29,7 @@ BATCH_ID = re.compile(r"batch_[0-9a-f]{32}")
 
 
 def start(gateway: Gateway, principal: Principal, submissions: Sequence[Submission], key: str | None) -> BatchView:
-    """Accept all jobs of a batch, none if one of them cannot be. Raises UserError, IdempotencyConflict."""
+    """Accept all jobs of a batch, none if one of them cannot be. Raises UserError, IdempotencyConflict, TooMuch."""
     for submission in submissions:
         submission.request(gateway.backend.metadata)
     prints = hashlib.sha256("".join(submission.fingerprint for submission in submissions).encode()).hexdigest()
@@ -36,18 +38,24 @@ def start(gateway: Gateway, principal: Principal, submissions: Sequence[Submissi
     )
     batch_id, store = f"batch_{identity}", gateway.backend.store
     record_key = _key(principal.id, batch_id)
+    known: dict[str, Any] | None = None
     if key is not None:
-        try:
+        with suppress(ArtifactNotFound):
             known = json.loads(store.get(record_key))
-        except ArtifactNotFound:
-            known = None
         if known is not None and known["fingerprint"] != prints:
             raise IdempotencyConflict(f"The idempotency key {key!r} was used before with another batch.",
                                       "Use a new key for a new request.")  # fmt: skip
-    created = [
-        accept(gateway, principal, submission, f"{batch_id}/{number}").job.id
-        for number, submission in enumerate(submissions)
-    ]
+    if known is None:
+        gateway.admission.batch(principal, len(submissions))
+    created: list[str] = []
+    try:
+        for number, submission in enumerate(submissions):
+            created.append(accept(gateway, principal, submission, f"{batch_id}/{number}").job.id)
+    except EditxError:
+        if key is None:  # with one, sending the batch again completes it
+            for job_id in created:
+                discard(gateway, gateway.backend.jobs.get(job_id))
+        raise
     record = {"fingerprint": prints, "created_at": gateway.backend.jobs.now(), "jobs": created}
     store.put(record_key, json.dumps(record).encode(), content_type="application/json")
     return look(gateway, principal, batch_id)

@@ -23,7 +23,7 @@ from shared.bus.port import BusUnavailable
 from shared.checkpoints.layout import Metadata
 from shared.errors import UserError
 from shared.jobs import machine
-from shared.jobs.port import Created, Idempotency, JobNotFound
+from shared.jobs.port import Created, Idempotency, JobNotFound, TooManyOpen
 from shared.languages import check_language
 from shared.publishing import publish_step
 from shared.schemas import Job, JobRequest, JobState, new_job_id
@@ -91,7 +91,7 @@ def idempotency_key(header: str | None) -> str | None:
 def accept(gateway: Gateway, principal: Principal, submission: Submission, key: str | None) -> Created:
     """Store a job and its recording, then publish it; an earlier job comes back for a known idempotency key.
 
-    What cannot be published now the sweeper publishes later. Raises UserError, IdempotencyConflict, TransientError.
+    What cannot be published now the sweeper publishes later. Raises UserError, IdempotencyConflict, TooMuch, TransientError.
     """
     backend, request = gateway.backend, submission.request(gateway.backend.metadata)
     if request.n_best > 1 and not backend.has_reward:
@@ -112,9 +112,11 @@ def accept(gateway: Gateway, principal: Principal, submission: Submission, key: 
     if request.webhook_url is not None:
         gateway.webhooks.remember(job.id)
     try:
-        created = backend.jobs.create(job, move.events, idempotency=idempotency)
-    except UserError:
+        created = backend.jobs.create(job, move.events, idempotency=idempotency, open_max=principal.open_jobs_max)
+    except UserError as error:
         _forget(gateway, job.id)
+        if isinstance(error, TooManyOpen):
+            raise gateway.admission.too_many(error.message) from error
         raise  # after any other error the job may be stored, so what belongs to it stays
     if key is not None:
         looked_up("jobs", hits=not created.is_new, misses=created.is_new)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
 from shared.jobs.port import (
@@ -14,6 +15,7 @@ from shared.jobs.port import (
     JobExists,
     JobNotFound,
     JobPage,
+    TooManyOpen,
     VersionConflict,
 )
 from shared.schemas.job import Job, JobEvent, JobState
@@ -27,12 +29,20 @@ class MemoryJobStore:
         self._changed = threading.Condition()
         self._jobs: dict[str, Job] = {}
         self._events: dict[str, builtins.list[JobEvent]] = {}
+        self._open: Counter[str] = Counter()  # owner -> jobs that have not ended
         self._keys: dict[tuple[str, str], tuple[str, str, float]] = {}  # (owner, key) -> (fingerprint, job id, until)
 
     def now(self) -> float:
         return self._clock()
 
-    def create(self, job: Job, events: Sequence[JobEvent] = (), *, idempotency: Idempotency | None = None) -> Created:
+    def create(
+        self,
+        job: Job,
+        events: Sequence[JobEvent] = (),
+        *,
+        idempotency: Idempotency | None = None,
+        open_max: int | None = None,
+    ) -> Created:
         with self._changed:
             if idempotency is not None:
                 known = self._keys.get((job.owner, idempotency.key))
@@ -42,13 +52,20 @@ class MemoryJobStore:
                     return Created(self._jobs[known[1]], is_new=False)
             if job.id in self._jobs:
                 raise JobExists(f"The job {job.id} is already stored.")
+            if open_max is not None and self.count_open(job.owner) >= open_max:
+                raise too_many_open(open_max)
             if idempotency is not None:
                 until = self.now() + idempotency.keep_s
                 self._keys[job.owner, idempotency.key] = idempotency.fingerprint, job.id, until
             stored = job.model_copy(update={"version": 1})
+            self._open[job.owner] += not job.is_terminal
             self._jobs[job.id], self._events[job.id] = stored, []
             self._append(job.id, events)
             return Created(stored, is_new=True)
+
+    def count_open(self, owner: str) -> int:
+        with self._changed:
+            return self._open[owner]
 
     def get(self, job_id: str) -> Job:
         with self._changed:
@@ -56,9 +73,11 @@ class MemoryJobStore:
 
     def replace(self, job: Job, events: Sequence[JobEvent] = ()) -> Job:
         with self._changed:
-            if self._get(job.id).version != job.version:
+            known = self._get(job.id)
+            if known.version != job.version:
                 raise VersionConflict(f"The job {job.id} is no longer at version {job.version}.")
             stored = job.model_copy(update={"version": job.version + 1})
+            self._open[job.owner] += known.is_terminal - job.is_terminal
             self._jobs[job.id] = stored
             self._append(job.id, events)
             return stored
@@ -116,6 +135,12 @@ class MemoryJobStore:
         for event in events:
             log.append(event.model_copy(update={"seq": len(log) + 1}))
         self._changed.notify_all()
+
+
+def too_many_open(open_max: int) -> TooManyOpen:
+    """The error for one job more than an owner may have open."""
+    return TooManyOpen(f"{open_max} of your jobs have not ended, as many as may be.",
+                       "Wait for some to end, or cancel them.")  # fmt: skip
 
 
 def idempotency_conflict(key: str) -> IdempotencyConflict:

@@ -44,6 +44,13 @@ class IdempotencyConflict(UserError):
     default_http_status = 422
 
 
+class TooManyOpen(UserError):
+    """The owner has as many jobs that have not ended as they may."""
+
+    default_code = "too_many_jobs"
+    default_http_status = 429
+
+
 class VersionConflict(TransientError):
     """The record changed since it was read: read it again and decide anew."""
 
@@ -85,12 +92,24 @@ class JobStore(Protocol):
         """Unix seconds by the store's own clock, which all leases go by."""
         ...
 
-    def create(self, job: Job, events: Sequence[JobEvent] = (), *, idempotency: Idempotency | None = None) -> Created:
+    def create(
+        self,
+        job: Job,
+        events: Sequence[JobEvent] = (),
+        *,
+        idempotency: Idempotency | None = None,
+        open_max: int | None = None,
+    ) -> Created:
         """Store a new job with its first events, as version 1; survives a crash of the caller once it returns.
 
         With an idempotency key that was used before within `keep_s` it stores nothing: the earlier job comes back if
-        the fingerprint is the same, else IdempotencyConflict. Raises JobExists.
+        the fingerprint is the same, else IdempotencyConflict. `open_max` is the most jobs of the owner that have not
+        ended, this one included; of many that come at once no more get in. Raises JobExists, TooManyOpen.
         """
+        ...
+
+    def count_open(self, owner: str) -> int:
+        """How many jobs of an owner have not ended. Cheap, however many have."""
         ...
 
     def get(self, job_id: str) -> Job:

@@ -19,7 +19,7 @@ from redis.backoff import ExponentialBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from shared.jobs.memory import idempotency_conflict
+from shared.jobs.memory import idempotency_conflict, too_many_open
 from shared.jobs.port import (
     Created,
     Idempotency,
@@ -36,7 +36,14 @@ EVENT_WAIT_MAX_S = 30.0
 
 _COMMON = """
 local function index(prefix, id, owner, due, expires)
-  if due ~= '' then redis.call('ZADD', prefix .. 'due', due, id) else redis.call('ZREM', prefix .. 'due', id) end
+  local open = prefix .. 'open:' .. owner
+  if due ~= '' then
+    redis.call('ZADD', prefix .. 'due', due, id)
+    redis.call('SADD', open, id)
+  else
+    redis.call('ZREM', prefix .. 'due', id)
+    redis.call('SREM', open, id)
+  end
   if expires ~= '' then redis.call('ZADD', prefix .. 'expired', expires, id)
   else redis.call('ZREM', prefix .. 'expired', id) end
 end
@@ -47,7 +54,8 @@ local function append(prefix, id, first)
   end
 end
 """
-# ARGV: prefix, id, owner, body, due, expires, mark, [idempotency key, fingerprint, keep_ms] or three blanks, events...
+# ARGV: prefix, id, owner, body, due, expires, mark, [idempotency key, fingerprint, keep_ms] or three blanks,
+# the most open jobs of the owner or a blank, events...
 _CREATE = (
     _COMMON
     + """
@@ -66,11 +74,14 @@ if ARGV[8] ~= '' then
   end
 end
 if redis.call('EXISTS', job) == 1 then return {'exists', ''} end
+if ARGV[11] ~= '' and redis.call('SCARD', prefix .. 'open:' .. owner) >= tonumber(ARGV[11]) then
+  return {'full', ''}
+end
 redis.call('HSET', job, 'version', 1, 'owner', owner, 'body', ARGV[4], 'seq', 0, 'mark', ARGV[7])
 redis.call('ZADD', prefix .. 'jobs', 0, id)
 redis.call('ZADD', prefix .. 'owner:' .. owner, 0, id)
 index(prefix, id, owner, ARGV[5], ARGV[6])
-append(prefix, id, 11)
+append(prefix, id, 12)
 if ARGV[8] ~= '' then
   redis.call('HSET', key, 'fingerprint', ARGV[9], 'job', id)
   redis.call('PEXPIRE', key, ARGV[10])
@@ -129,19 +140,33 @@ class RedisJobStore:
     def now(self) -> float:
         return self._clock()
 
-    def create(self, job: Job, events: Sequence[JobEvent] = (), *, idempotency: Idempotency | None = None) -> Created:
+    def create(
+        self,
+        job: Job,
+        events: Sequence[JobEvent] = (),
+        *,
+        idempotency: Idempotency | None = None,
+        open_max: int | None = None,
+    ) -> Created:
         stored = job.model_copy(update={"version": 1})
         once = ("", "", "0")
         if idempotency is not None:
             once = (idempotency.key, idempotency.fingerprint, str(max(int(idempotency.keep_s * 1000), 1)))
-        outcome, known = self._run(self._create, [*self._row(stored), *once, *_bodies(events)])
+        most = "" if open_max is None else str(open_max)
+        outcome, known = self._run(self._create, [*self._row(stored), *once, most, *_bodies(events)])
         if outcome == "known":
             return Created(Job.model_validate_json(known), is_new=False)
         if outcome == "conflict":
             raise idempotency_conflict(once[0])
         if outcome == "exists":
             raise JobExists(f"The job {job.id} is already stored.")
+        if open_max is not None and outcome == "full":
+            raise too_many_open(open_max)
         return Created(stored, is_new=True)
+
+    def count_open(self, owner: str) -> int:
+        with self._errors():
+            return cast("int", self._redis.scard(f"{self._prefix}open:{owner}"))
 
     def get(self, job_id: str) -> Job:
         with self._errors():

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from shared.jobs.memory import idempotency_conflict
+from shared.jobs.memory import idempotency_conflict, too_many_open
 from shared.jobs.port import (
     Created,
     Idempotency,
@@ -31,6 +31,7 @@ CREATE TABLE IF NOT EXISTS jobs (
   id TEXT PRIMARY KEY, version INTEGER NOT NULL, owner TEXT NOT NULL, state TEXT NOT NULL, ended INTEGER NOT NULL,
   due_at REAL NOT NULL, expires_at REAL, body TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS jobs_due ON jobs (due_at) WHERE ended = 0;
+CREATE INDEX IF NOT EXISTS jobs_open ON jobs (owner) WHERE ended = 0;
 CREATE INDEX IF NOT EXISTS jobs_expired ON jobs (expires_at) WHERE ended = 1;
 CREATE TABLE IF NOT EXISTS events (
   job_id TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE, seq INTEGER NOT NULL, body TEXT NOT NULL,
@@ -39,6 +40,7 @@ CREATE TABLE IF NOT EXISTS idempotency (
   owner TEXT NOT NULL, key TEXT NOT NULL, fingerprint TEXT NOT NULL, until REAL NOT NULL,
   job_id TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE, PRIMARY KEY (owner, key)) WITHOUT ROWID;
 """
+_COUNT_OPEN = "SELECT count(*) FROM jobs WHERE owner = ? AND ended = 0"
 
 
 class SqliteJobStore:
@@ -59,7 +61,14 @@ class SqliteJobStore:
     def now(self) -> float:
         return self._clock()
 
-    def create(self, job: Job, events: Sequence[JobEvent] = (), *, idempotency: Idempotency | None = None) -> Created:
+    def create(
+        self,
+        job: Job,
+        events: Sequence[JobEvent] = (),
+        *,
+        idempotency: Idempotency | None = None,
+        open_max: int | None = None,
+    ) -> Created:
         with self._transaction() as database:
             if idempotency is not None:
                 known = database.execute(
@@ -72,6 +81,8 @@ class SqliteJobStore:
                         raise idempotency_conflict(idempotency.key)
                     return Created(Job.model_validate_json(known[2]), is_new=False)
             stored = job.model_copy(update={"version": 1})
+            if open_max is not None and database.execute(_COUNT_OPEN, (job.owner,)).fetchone()[0] >= open_max:
+                raise too_many_open(open_max)
             try:
                 database.execute("INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", _row(stored))
             except sqlite3.IntegrityError as error:
@@ -82,6 +93,9 @@ class SqliteJobStore:
                 database.execute("INSERT OR REPLACE INTO idempotency VALUES (?, ?, ?, ?, ?)", row)
             _append(database, job.id, events)
         return Created(stored, is_new=True)
+
+    def count_open(self, owner: str) -> int:
+        return int(self._rows(_COUNT_OPEN, (owner,))[0][0])
 
     def get(self, job_id: str) -> Job:
         rows = self._rows("SELECT body FROM jobs WHERE id = ?", (job_id,))

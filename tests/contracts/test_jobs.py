@@ -8,7 +8,15 @@ import pytest
 
 from shared.jobs import machine
 from shared.jobs.machine import Fenced, JobClosed, NotNow, StaleStep
-from shared.jobs.port import Idempotency, IdempotencyConflict, JobExists, JobNotFound, JobStore, VersionConflict
+from shared.jobs.port import (
+    Idempotency,
+    IdempotencyConflict,
+    JobExists,
+    JobNotFound,
+    JobStore,
+    TooManyOpen,
+    VersionConflict,
+)
 from shared.schemas import Edit, Job, JobError, JobRequest, JobState
 
 
@@ -187,6 +195,40 @@ def test_of_many_posts_with_one_key_one_makes_the_job(jobs: JobStore) -> None:
         thread.join()
     assert len({job_id for job_id, _ in made}) == 1
     assert sum(is_new for _, is_new in made) == 1
+
+
+def test_of_many_jobs_at_once_no_more_get_in_than_the_owner_may_have_open(jobs: JobStore) -> None:
+    made: list[str] = []
+    refused: list[TooManyOpen] = []
+
+    def post() -> None:
+        accepted = machine.accept(request(), jobs.now(), owner="ada")
+        try:
+            made.append(jobs.create(accepted.job, accepted.events, open_max=3).job.id)
+        except TooManyOpen as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=post) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(made), len(refused), jobs.count_open("ada")) == (3, 9, 3)
+    assert jobs.count_open("bob") == 0
+    machine.apply(jobs, made[0], machine.request_cancel)
+    assert jobs.count_open("ada") == 2
+    post()
+    assert len(made) == 4
+    machine.apply(jobs, made[1], machine.discard)
+    assert jobs.count_open("ada") == 2
+
+
+def test_a_known_key_gives_its_job_also_to_an_owner_who_may_have_no_more(jobs: JobStore) -> None:
+    once = Idempotency("key", "body")
+    first = machine.accept(request(), jobs.now())
+    made = jobs.create(first.job, first.events, idempotency=once, open_max=1)
+    again = machine.accept(request(), jobs.now())
+    assert jobs.create(again.job, again.events, idempotency=once, open_max=1).job.id == made.job.id
 
 
 def test_a_forgotten_idempotency_key_can_be_used_again(jobs: JobStore) -> None:

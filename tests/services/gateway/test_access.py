@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import time
@@ -118,6 +119,12 @@ def test_open_jobs_are_counted_per_key(guarded: Served, as_user: Callable[[str],
         assert edit(bob).status_code == 202
         answer = edit(bob)
         assert (answer.status_code, answer.json()["code"]) == (429, "too_many_jobs")
+        assert int(answer.headers["retry-after"]) >= 1
+        one = {**HAPPY, "audio": base64.b64encode(wav()).decode(), "lane": "interactive"}
+        answer = bob.post("/v1/batches", json={"edits": [one, one]})
+        assert (answer.status_code, answer.json()["code"]) == (429, "too_many_jobs")
+        open_jobs = [job["id"] for job in bob.get("/v1/jobs").json()["data"] if job["finished_at"] is None]
+        assert len(open_jobs) == 1
         assert edit(as_user("ada")).status_code == 202
     finally:
         guarded.llm.gate.set()
