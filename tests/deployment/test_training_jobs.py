@@ -23,7 +23,8 @@ from services.trainer.sft.trainer import SftConfig
 ROOT = Path(__file__).parents[2]
 COMPONENT = ROOT / "k8s/components/training"
 GROUPS = {"data": data.app, "train": train.app, "eval": evaluate.app}
-STAGES = {"data-build": "data", "train-sft": "sft", "train-reward": "reward", "train-ppo": "ppo", "eval-run": "eval"}
+STAGES = {"train-sft": "sft", "train-reward": "reward", "train-ppo": "ppo", "eval-run": "eval"}
+SCRIPTS = {"data-build": "data", "data-preferences": "preferences"}
 LITERALS = dict(
     literal.split("=", 1)
     for made in yaml.safe_load((COMPONENT / "kustomization.yaml").read_text())["configMapGenerator"]
@@ -46,11 +47,46 @@ def arguments(stage: str) -> list[str]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stages_command_is_one_that_the_command_line_takes(stage: str) -> None:
-    group, command, *options = arguments(stage)
+    assert parsed(arguments(stage)).params
+
+
+def parsed(words: list[str]) -> click.Context:
+    """A command line as the command takes it. Raises for one that it does not."""
+    group, command, *options = words
     found = typer.main.get_command(GROUPS[group])
     assert isinstance(found, click.Group) or hasattr(found, "commands")
-    parsed = found.commands[command].make_context(command, list(options))  # type: ignore[union-attr]
-    assert parsed.params
+    return found.commands[command].make_context(command, list(options))  # type: ignore[union-attr,no-any-return]
+
+
+def script(stage: str) -> list[list[str]]:
+    """The commands of a stage that is a script, with the volume's paths, for the last part of a loop."""
+    job: dict[str, Any] = yaml.safe_load((COMPONENT / f"{SCRIPTS[stage]}.yaml").read_text())
+    assert job["metadata"]["name"] == stage
+    assert job["spec"]["suspend"], "a stage waits for the one before it"
+    [container] = job["spec"]["template"]["spec"]["containers"]
+    assert container["args"] == ["sh", f"/etc/editx/{SCRIPTS[stage]}.sh"]
+    text = (COMPONENT / f"config/{SCRIPTS[stage]}.sh").read_text().replace("$part", "held-out")
+    text = re.sub(r"\$([A-Z_]+)", lambda found: LITERALS[found[1]], text)
+    return [line.split()[1:] for line in text.splitlines() if line.strip().startswith("editx ")]
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_the_commands_of_a_script_are_ones_that_the_command_line_takes(stage: str) -> None:
+    assert all(parsed(words).params for words in script(stage))
+
+
+def test_every_set_that_a_training_reads_is_made_by_a_stage() -> None:
+    made: set[str] = set()
+    for words in [*script("data-build"), *script("data-preferences")]:
+        if words[:2] == ["data", "build"]:
+            spec = Spec.model_validate(yaml.safe_load((COMPONENT / f"config/{Path(words[2]).name}").read_text()))
+            made.add(spec.name)
+        if words[:2] == ["data", "split"]:
+            made |= {f"{Path(words[2]).name}-{part}" for part in ("train", "held-out")}
+    made.add("preferences")  # the loop's first part
+    read = {Path(value).name for name, value in LITERALS.items() if value.startswith("/training/datasets/")}
+    assert read <= made
+    assert LITERALS["EVAL_BENCHMARK"] == "/training/benchmark/cases.jsonl"
 
 
 @pytest.mark.parametrize(("name", "default"), [("sft", SftConfig()), ("reward", RewardConfig()), ("ppo", PpoConfig())])
@@ -60,8 +96,12 @@ def test_a_stages_config_holds_entries_that_exist(name: str, default: Any) -> No
     assert config.loop.lr == default.loop.lr, "the paper's rates are the defaults"
 
 
-def test_the_data_sets_description_is_one_that_is_built() -> None:
-    assert Spec.model_validate(yaml.safe_load((COMPONENT / "config/data.yaml").read_text())).name == "sft"
+@pytest.mark.parametrize(("file", "name"), [
+    ("data", "sft"), ("prompts", "prompts"), ("preferences-train", "preferences"),
+    ("preferences-held-out", "preferences-held-out"),
+])  # fmt: skip
+def test_a_data_sets_description_is_one_that_is_built(file: str, name: str) -> None:
+    assert Spec.model_validate(yaml.safe_load((COMPONENT / f"config/{file}.yaml").read_text())).name == name
 
 
 def test_each_stage_starts_from_what_the_one_before_it_published() -> None:
@@ -80,7 +120,7 @@ def test_a_stage_publishes_behind_a_gate_that_it_measures(stage: str) -> None:
     options = dict(word[2:].split("=", 1) for word in words)
     name, _, least = options["gate"].partition("=")
     settings = TrainingSettings(base=options["base"], dataset=options["data"], held_out=options["held-out"],
-                                gate={name: float(least)})  # fmt: skip
+                                gate={name: float(least)}, judge=options.get("judge"))  # fmt: skip
     check_gate(recipe, settings)
 
 
