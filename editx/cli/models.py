@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,7 +24,8 @@ Name = Annotated[str, typer.Argument(help="tokenizer, llm, decoder or reward.")]
 @app.command("list")
 def list_(as_json: options.JsonOption = False) -> None:
     """Show the models of the server's repositories."""
-    found = _server().models()
+    with closing(_server()) as server:
+        found = server.models()
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -36,14 +38,16 @@ def list_(as_json: options.JsonOption = False) -> None:
 @app.command()
 def load(name: Name) -> None:
     """Load a model, or load it anew after its checkpoint changed; calls are served meanwhile."""
-    _server().load(name)
+    with closing(_server()) as server:
+        server.load(name)
     typer.echo(f"{name} is loaded.")
 
 
 @app.command()
 def unload(name: Name) -> None:
     """Take a model away once its running calls have ended."""
-    _server().unload(name)
+    with closing(_server()) as server:
+        server.unload(name)
     typer.echo(f"{name} is unloaded.")
 
 

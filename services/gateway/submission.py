@@ -91,7 +91,9 @@ def idempotency_key(header: str | None) -> str | None:
 def accept(gateway: Gateway, principal: Principal, submission: Submission, key: str | None) -> Created:
     """Store a job and its recording, then publish it; an earlier job comes back for a known idempotency key.
 
-    What cannot be published now the sweeper publishes later. Raises UserError, IdempotencyConflict, TooMuch, TransientError.
+    What cannot be published now the sweeper publishes later.
+
+    Raises UserError, IdempotencyConflict, TooMuch, TransientError.
     """
     backend, request = gateway.backend, submission.request(gateway.backend.metadata)
     if request.n_best > 1 and not backend.has_reward:

@@ -166,7 +166,7 @@ class RedisJobStore:
 
     def count_open(self, owner: str) -> int:
         with self._errors():
-            return cast("int", self._redis.scard(f"{self._prefix}open:{owner}"))
+            return self._redis.scard(f"{self._prefix}open:{owner}")
 
     def get(self, job_id: str) -> Job:
         with self._errors():
