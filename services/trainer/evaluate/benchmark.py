@@ -145,8 +145,8 @@ class Wanted(BaseModel):
 
 
 def make_benchmark(recordings: Path, texts: Path, folder: Path, count: int, seed: int = 0) -> int:
-    """Write `count` cases and their recordings into a folder: the texts in turn, each in a voice of its language that
-    says something else; how many. Raises UserError naming a bad line, or where voices or texts are missing."""
+    """Write up to `count` cases and their recordings into a folder: the texts in turn, each in a voice of its language
+    that says something else and has not said it yet; how many. Raises UserError naming a bad line, or where voices or texts are missing."""
     voices = [checked(Voice, line, recordings, number) for number, line in records(recordings)]
     wanted: list[tuple[Wanted, str, str]] = []
     for number, line in records(texts):
@@ -157,14 +157,19 @@ def make_benchmark(recordings: Path, texts: Path, folder: Path, count: int, seed
             raise bad_line(texts, number, error.message.removesuffix(".")) from error
     if not wanted:
         raise UserError(f"{texts} holds no texts.", code="invalid_dataset")
-    rng, cases = np.random.default_rng(seed), []
+    rng, cases, said = np.random.default_rng(seed), [], set[tuple[int, str]]()
     for number in range(count):
-        text, task, label = wanted[number % len(wanted)]
+        place = number % len(wanted)
+        text, task, label = wanted[place]
         fitting = [voice for voice in voices if voice.language == text.language and voice.text != text.text]
         if not fitting:
             raise UserError(f"{recordings} has no other recording of the language {text.language!r}.",
                             code="invalid_dataset")  # fmt: skip
-        voice = fitting[int(rng.integers(len(fitting)))]
+        fresh = [voice for voice in fitting if (place, voice.id) not in said]
+        if not fresh:
+            continue
+        voice = fresh[int(rng.integers(len(fresh)))]
+        said.add((place, voice.id))
         cases.append(Case.model_validate({
             "id": number, "speaker": voice.speaker, "gen_text": text.text, "prompt_text": voice.text,
             "prompt_audio": f"{voice.id}{voice.audio.suffix}", "lang": voice.language, "task": task, "task_sub": label,

@@ -175,7 +175,7 @@ def test_a_benchmark_is_made_of_held_out_voices_and_texts(tmp_path: Path, capsys
         path.write_text("".join(json.dumps(line) + "\n" for line in [*texts, *more]))
         return make
 
-    assert "4 cases" in said(written(), capsys)
+    assert "2 cases" in said(written(), capsys)  # there is one voice
     cases = [json.loads(line) for line in (tmp_path / "bench" / "cases.jsonl").read_text().splitlines()]
     assert [(one["task"], one["task_sub"]) for one in cases[:2]] == [
         ("emotion", "happy"),
