@@ -145,8 +145,11 @@ class Wanted(BaseModel):
 
 
 def make_benchmark(recordings: Path, texts: Path, folder: Path, count: int, seed: int = 0) -> int:
-    """Write up to `count` cases and their recordings into a folder: the texts in turn, each in a voice of its language
-    that says something else and has not said it yet; how many. Raises UserError naming a bad line, or where voices or texts are missing."""
+    """Write up to `count` cases and their recordings into a folder; how many.
+
+    The texts come in turn, each in a voice of its language that says something else and has not said it yet. Raises
+    UserError naming a bad line, or where voices or texts are missing.
+    """
     voices = [checked(Voice, line, recordings, number) for number, line in records(recordings)]
     wanted: list[tuple[Wanted, str, str]] = []
     for number, line in records(texts):

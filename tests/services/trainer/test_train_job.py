@@ -29,6 +29,7 @@ from shared.publishing import publish_step
 from shared.schemas import Job, JobRequest, JobState
 from shared.schemas.request import TrainingRequest
 from shared.store.folder import FolderStore
+from tests.fixtures.tiny import with_reward
 from tests.services.trainer.conftest import make_row
 from tests.shared.worlds import World, until
 
@@ -140,6 +141,15 @@ def test_a_worker_says_which_rollouts_it_does_not_have(
     job = world.wait_end(submit(world, tiny, "ppo", config={}, reward=str(judge), **changes))
     assert job.error is not None
     assert message in job.error.message
+
+
+def test_a_judge_needs_a_server_that_decodes_for_it(world: World, tiny: Path, tmp_path: Path) -> None:
+    held_out = collect("held", [make_row(60)]).publish(world.store)
+    world.work(handler(world, tmp_path, "a"), lease_s=20.0)
+    scored = with_reward(tiny, tmp_path / "scored")
+    job = world.wait_end(submit(world, tiny, "ppo", config={}, reward=str(scored), held_out=held_out, judge="j.json"))
+    assert job.error is not None
+    assert "A judge needs the models that decode" in job.error.message
 
 
 @pytest.mark.parametrize(("changes", "message"), [
