@@ -123,6 +123,15 @@ def scores_of(ratings: Sequence[Rating], weights: Weights) -> dict[str, float]:
     return {candidate: sum(values) / len(values) for candidate, values in found.items()}
 
 
+def furthest(candidates: Sequence[Candidate], scores: Mapping[str, float]) -> float:
+    """How far the best and the worst rated candidate of one prompt are apart, for the prompt where it is most."""
+    by_prompt: dict[str, list[float]] = defaultdict(list)
+    for candidate in candidates:
+        if candidate.id in scores:
+            by_prompt[candidate.prompt].append(scores[candidate.id])
+    return max((max(own) - min(own) for own in by_prompt.values()), default=0.0)
+
+
 def make_pairs(
     prompts: Mapping[str, Row], candidates: Sequence[Candidate], scores: Mapping[str, float], *, margin: float,
     rated_by: str, per_prompt: int = 4,

@@ -34,6 +34,7 @@ from services.trainer.data.preferences import (
     MARGINS,
     Candidate,
     Weights,
+    furthest,
     make_pairs,
     read_ratings,
     scale_of,
@@ -365,6 +366,12 @@ def _preferences(spec: Spec, folder: Path) -> list[Row | Refused]:
     refused += [Refused(0, name, "it was rated, and there is no candidate of that id") for name in strangers]
     pairs = make_pairs(prompts, [*candidates.values()], scores, margin=margin, per_prompt=spec.pairs_per_prompt,
                        rated_by=", ".join(sorted({rating.rater for rating in ratings})))  # fmt: skip
+    if not pairs and not refused:
+        raise UserError(
+            f"No two candidates of a prompt are rated more than {margin:g} apart, the furthest are "
+            f"{furthest([*candidates.values()], scores):.2f}.",
+            "Draw more candidates, or set preference_margin.", "invalid_dataset",
+        )  # fmt: skip
     return [*refused, *pairs]
 
 

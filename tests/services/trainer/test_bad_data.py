@@ -148,7 +148,7 @@ def test_the_weights_of_a_rating_are_the_descriptions(folder: Path) -> None:
              for name, natural in (("c0", 1), ("c1", 5))]  # fmt: skip
     write(folder / "ratings.jsonl", rated)
     entries = {"rows": "rows.jsonl", "candidates": "candidates.jsonl", "ratings": ["ratings.jsonl"]}
-    with pytest.raises(UserError, match="has no rows"):
+    with pytest.raises(UserError, match=r"rated more than 3 apart, the furthest are 1\.14"):
         build("preferences", folder, "fail", **entries)
     (pair,) = build("preferences", folder, "fail", **entries, weights={"correctness": 0, "naturalness": 1}).rows
     assert (pair.id, pair.margin, pair.rated_by) == ("c1--c0", 4.0, "ann")
