@@ -154,7 +154,7 @@ class Editor:
             raise
         raise_for(job)
         audio = tuple(read_audio(self.system.store.get(key)) for key in job.result_keys)
-        warnings = (*warnings_for(self.checkpoint, request), *_told_by(job))
+        warnings = (*warnings_for(self.checkpoint, request), *told_by(job))
         return Result(audio, recording, job, request.seed, time.perf_counter() - began, warnings)
 
     def tokenize(self, source: Source) -> Tokenized:
@@ -354,9 +354,9 @@ def raise_for(job: Job) -> None:
         raise kind(job.error.message, job.error.hint, job.error.code)
 
 
-def _told_by(job: Job) -> list[str]:
-    """What the steps found odd about the result."""
-    loops = any(timing.metrics.get("collapsed") for timing in job.timings) and job.request.n_best == 1
+def told_by(job: Job) -> list[str]:
+    """What the steps found odd about the result: every candidate of an iteration collapsed."""
+    loops = any(timing.metrics.get("collapsed", 0) >= job.request.n_best for timing in job.timings)
     return ["The language model found no proper end: listen to the result, or try another seed."] if loops else []
 
 

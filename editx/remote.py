@@ -10,7 +10,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self
 
-from editx.api import JobCancelled, JobFailed, Result, Source, read_source
+from editx.api import JobCancelled, JobFailed, Result, Source, read_source, told_by
 from editx_client import ApiError, Client, ClientError, Event, Unreachable
 from editx_client import Job as RemoteJob
 from editx_client import JobFailed as RemoteFailed
@@ -40,7 +40,8 @@ class RemoteEditor:
         except ClientError as error:
             raise translated(error) from error
         seconds = time.perf_counter() - began
-        return Result(audio, recording, _local(job, request), job.seed, seconds, job.warnings)
+        local = _local(job, request)
+        return Result(audio, recording, local, job.seed, seconds, (*job.warnings, *told_by(local)))
 
     def cancel_all(self) -> None:
         """Cancel every run that has not ended."""

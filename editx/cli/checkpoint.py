@@ -6,6 +6,7 @@ Only reads arguments and prints; the work is in `shared.checkpoints`. Imports no
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ from rich.table import Column, Table
 
 from shared.checkpoints.layout import Checkpoint
 from shared.errors import EditxError
+from shared.tags import TAGS
 
 if TYPE_CHECKING:
     from shared.checkpoints.verify import Report
@@ -71,10 +73,10 @@ def info(checkpoint: Source = "nano", as_json: AsJson = False) -> None:
     for folder, revision in document["revisions"].items():
         console.print(f"{folder}: {revision}", highlight=False)
     if metadata.trained_on is None:
-        console.print("Trained on: not stated; taken to know every published edit.")
+        published = {"clone": True, **{kind: tuple(tags) for kind, tags in TAGS.items()}, "denoise": True, "vad": True}
+        console.print(f"Trained on: not stated; taken to know every published edit: {_listed(published)}", markup=False)
     else:
-        learned = metadata.trained_on.model_dump()
-        console.print("Trained on: " + "; ".join(_learned(kind, value) for kind, value in learned.items() if value))
+        console.print(f"Trained on: {_listed(metadata.trained_on.model_dump())}", markup=False)
     table = Table("component", Column("file", overflow="fold"), "MB")
     for name, part in document["components"].items():
         size = f"{part['bytes'] / 1e6:.1f}" if part["files"] else ""
@@ -182,8 +184,13 @@ def _component(checkpoint: Checkpoint, attribute: str) -> dict[str, Any]:
     return {"files": names, "bytes": sum(path.stat().st_size for path in files), "missing": None}
 
 
-def _learned(kind: str, value: object) -> str:
-    return f"{kind} ({', '.join(map(str, value))})" if isinstance(value, tuple) else kind
+def _listed(edits: Mapping[str, object]) -> str:
+    """The kinds of edit that are there, each with its tags."""
+    return "; ".join(
+        f"{kind} ({', '.join(map(str, value))})" if isinstance(value, tuple) else kind
+        for kind, value in edits.items()
+        if value
+    )
 
 
 def _print_report(report: Report) -> None:

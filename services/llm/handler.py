@@ -58,6 +58,7 @@ class GenerateHandler:
         seconds = sum(generated.seconds for generated in found)
         step.measure("audio_s", seconds)
         step.measure("tokens", sum(len(generated.mixed) for generated in found))
+        step.measure("draws", sum(generated.attempts for generated in found))
         step.measure("collapsed", sum(generated.collapsed for generated in found))
         step.measure("rtf", (time.perf_counter() - began) / seconds)
 

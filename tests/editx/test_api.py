@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from editx.api import Editor, Result, Source, read_source
+from editx.api import Editor, Result, Source, read_source, told_by
 from editx.embedded import Embedded
 from shared.audio.io import Waveform, read_audio, write_audio
 from shared.checkpoints.layout import Checkpoint
@@ -19,7 +19,7 @@ from shared.errors import MissingComponent, UserError
 from shared.jobs import machine
 from shared.jobs.port import Idempotency
 from shared.jobs.sqlite import SqliteJobStore
-from shared.schemas import DecodeSettings, Edit, JobRequest, JobState
+from shared.schemas import DecodeSettings, Edit, JobRequest, JobState, StepTiming
 from shared.store.folder import FolderStore
 from tests.fixtures.tiny import with_reward
 
@@ -134,6 +134,16 @@ def test_the_reward_model_chooses_between_candidates(tiny: Path, tmp_path: Path,
         result = editor.edit(speech, denoise=True, n_best=3, seed=3, steps=2)
     assert [timing.kind for timing in result.job.timings] == ["tokenize", "generate", "score", "decode"]
     assert result.job.timings[2].metrics["candidates"] == 3
+
+
+@pytest.mark.parametrize(("n_best", "collapsed", "told"), [(1, 0, 0), (1, 1, 1), (3, 2, 0), (3, 3, 1)])
+def test_a_result_without_a_proper_end_is_told(n_best: int, collapsed: int, told: int) -> None:
+    request = JobRequest(edit=Edit(type="denoise"), n_best=n_best)
+    timing = StepTiming(
+        index=1, kind="generate", started_at=0.0, finished_at=1.0, attempts=1, metrics={"collapsed": collapsed}
+    )
+    job = machine.accept(request, 0.0, job_id="job_1").job.model_copy(update={"timings": (timing,)})
+    assert len(told_by(job)) == told
 
 
 def test_several_candidates_without_a_reward_model_are_refused_at_once(editor: Editor, speech: Waveform) -> None:

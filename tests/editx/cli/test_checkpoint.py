@@ -35,6 +35,15 @@ def test_info_says_where_the_parts_are_and_what_was_trained(tiny: Path) -> None:
     assert document["components"]["flow"]["bytes"] > 0
 
 
+def test_info_of_a_release_that_does_not_say_lists_the_published_edits(tiny: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(tiny, tmp_path / "c")
+    (root / "editx.json").unlink()
+    text = run("info", root)
+    assert "not stated" in text
+    for tag in ("admiration", "ethereal", "more slower", "clears throat", "Sichuanese", "denoise"):
+        assert tag in text.replace("\n", " ")
+
+
 def test_info_of_an_incomplete_checkpoint_names_what_is_missing(tiny: Path, tmp_path: Path) -> None:
     root = shutil.copytree(tiny, tmp_path / "c")
     next(root.rglob("flow.pt")).unlink()

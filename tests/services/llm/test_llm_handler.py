@@ -42,6 +42,7 @@ def test_one_candidate_is_written_as_the_result() -> None:
     assert model == "llm"
     assert inputs["prompt"].tolist() == [1, 2, 3]
     assert "temperature" not in parameters, "the checkpoint says"
+    assert (step.metrics["draws"], step.metrics["collapsed"]) == (2, 0)
 
 
 def test_several_candidates_have_seeds_of_their_own_and_the_first_is_the_one_without() -> None:
