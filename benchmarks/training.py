@@ -6,8 +6,8 @@ Random weights at the sizes named, no checkpoint needed:
     python -m benchmarks.training --device cuda --size nano --rows 64
     python -m benchmarks.training --device cuda --size official --checkpointing
 
-Under the SFT and reward rows stand TRL's steps in the same run, where trl is installed (`pip install editx[compare]`), or why TRL
-has none (`benchmarks.trl_steps`). `--steps sft` times some of the steps.
+Under the SFT and reward rows stand TRL's steps in the same run, where trl is installed (`pip install
+editx[compare]`), or why TRL has none (`benchmarks.trl_steps`). `--steps sft` times some of the steps.
 
 A PPO update counts the tokens of prompts and answers once, whatever the number of epochs. Rollouts are drawn at
 temperature 1, `--slots` side by side.

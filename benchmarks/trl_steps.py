@@ -1,6 +1,7 @@
 """TRL's trainers on the same work as `benchmarks.training`: a Llama of the same sizes on chats of the same lengths.
 
-Only steps that are the same work are timed; for the others there is a reason. Needs trl (the extra "compare"), which nothing else here does.
+Only steps that are the same work are timed; for the others there is a reason. Needs trl (the extra "compare"), which
+nothing else here does.
 """
 
 from __future__ import annotations
