@@ -23,7 +23,7 @@ from editx.embedded import Embedded, check_request, warnings_for
 from shared.artifacts import Tokenized
 from shared.audio.io import Waveform, check_samples, read_audio, write_audio
 from shared.checkpoints.layout import Checkpoint
-from shared.errors import EditxError, PermanentError, TransientError, UserError
+from shared.errors import EditxError, PermanentError, TransientError, UserError, reasons
 from shared.files import check_target
 from shared.inference.local import ModelFactory
 from shared.inference.port import given
@@ -248,7 +248,7 @@ def make_edit(kind: EditType, *, detail: str | None = None, target_text: str | N
     try:
         return Edit(type=kind, detail=detail, target_text=target_text)
     except ValidationError as error:
-        raise UserError(f"The {kind} edit cannot be made: {_reasons(error)}.", "", "invalid_request") from error
+        raise UserError(f"The {kind} edit cannot be made: {reasons(error)}.", "", "invalid_request") from error
 
 
 def make_request(
@@ -279,15 +279,9 @@ def make_request(
             decode=DecodeSettings(steps=steps),
         )
     except ValidationError as error:
-        raise UserError(f"The request does not hold together: {_reasons(error)}.", "", "invalid_request") from error
+        raise UserError(f"The request does not hold together: {reasons(error)}.", "", "invalid_request") from error
     check_request(request)
     return request
-
-
-def _reasons(error: ValidationError) -> str:
-    """What is wrong with which field, in one line."""
-    found = ((".".join(map(str, one["loc"])), one["msg"]) for one in error.errors())
-    return "; ".join(f"{field}: {reason}" if field else reason for field, reason in found)
 
 
 def read_source(source: Source) -> Waveform:

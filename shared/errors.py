@@ -3,7 +3,12 @@
 Knows nothing about who raises them. A message says what is wrong and where, a hint says what to do about it.
 """
 
-from typing import ClassVar, TypedDict
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, TypedDict
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class ErrorDocument(TypedDict):
@@ -85,6 +90,12 @@ class PoisonError(PermanentError):
 
     default_code = "unreadable_message"
     default_http_status = 422
+
+
+def reasons(error: ValidationError) -> str:
+    """What is wrong with which field of data that pydantic refused, in one line."""
+    found = ((".".join(map(str, one["loc"])), one["msg"]) for one in error.errors())
+    return "; ".join(f"{field}: {reason}" if field else reason for field, reason in found)
 
 
 def _restore(kind: type[EditxError], message: str, hint: str, code: str, http_status: int, state: dict[str, object]

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from shared.checkpoints import manifest
 from shared.checkpoints.hubs import Hub, HubUnreachable, Listing, RemoteFile, hub
 from shared.checkpoints.layout import EDITX_FOLDER, TOKENIZER_FOLDER, checkpoints_home
-from shared.errors import PermanentError, UserError
+from shared.errors import PermanentError, UserError, reasons
 
 LOCK_FILE = "editx.lock.json"
 UNWANTED = ("*.py", ".git*", "*/example/*", "example/*", "assets/*")
@@ -168,7 +168,8 @@ def read_lock(target: Path) -> Lock | None:
     try:
         return Lock.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise UserError(f"{path} is not a lock file: {error}", "Remove it and fetch again.", "lock_invalid") from error
+        message = f"{path} is not a lock file: {reasons(error)}."
+        raise UserError(message, "Remove it and fetch again.", "lock_invalid") from error
 
 
 def download(

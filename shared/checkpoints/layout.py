@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from shared.errors import MissingComponent, UserError
+from shared.errors import MissingComponent, UserError, reasons
 from shared.languages import OF_TAGS
 from shared.schemas.edit import Edit
 from shared.tags import bracketed_tags, check_text_tags
@@ -278,7 +278,7 @@ class Checkpoint:
             return Metadata.model_validate_json(path.read_bytes())
         except ValidationError as error:
             raise InvalidCheckpoint(
-                f"{path} is not valid: {error}", "docs/checkpoints.md describes the file."
+                f"{path} is not valid: {reasons(error)}.", "docs/checkpoints.md describes the file."
             ) from error
 
     def _find(self, component: str, folders: Sequence[Path], names: Sequence[str]) -> Path:

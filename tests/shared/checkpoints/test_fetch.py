@@ -190,3 +190,10 @@ def test_an_unknown_release_or_hub_lists_the_known_ones(tmp_path: Path) -> None:
         fetch("officail", tmp_path)
     with pytest.raises(UserError, match="huggingface, modelscope"):
         fetch("official", tmp_path, source="somewhere")
+
+
+def test_a_damaged_lock_file_is_named_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "editx.lock.json").write_text("{")
+    with pytest.raises(UserError, match=r"editx\.lock\.json is not a lock file: Invalid JSON") as caught:
+        read_lock(tmp_path)
+    assert "\n" not in caught.value.message
