@@ -98,6 +98,7 @@ class Execution:
         self._settings = settings
         self._surroundings = surroundings
         self._leased_at = 0.0
+        self._excused = 0
         self._draining = False
 
     def drain(self) -> None:
@@ -241,18 +242,26 @@ class Execution:
             return self._hand_back(job)
         return self._failed(job, InferenceUnavailable(f"The model server broke the call off: {error.message}"))
 
-    def _hand_back(self, job: Job) -> Verdict:
+    def _is_excused(self, error: Exception) -> bool:
+        """Whether an outage is to blame. Not more often than a step is tried: one that kills its server must end."""
+        if not isinstance(error, (TransientError, UnknownModel)) or self._excused >= self._settings.retry.attempts_max:
+            return False
+        away = self._surroundings.are_away()
+        self._excused += away
+        return away
+
+    def _hand_back(self, job: Job, delay_s: float = 0.0) -> Verdict:
         """The step was not done and nobody is to blame: the attempt does not count."""
         token = job.last_token
-        self._persist(job, lambda job, now: machine.release(job, token, now))
+        self._persist(job, lambda job, now: machine.release(job, token, now, delay_s))
         return later(LOOK_AGAIN_S)
 
     def _failed(self, job: Job, error: Exception) -> Verdict:
         policy, document, token = self._settings.retry, job_error(error), job.last_token
         telemetry.failed(error, document.code)
-        if isinstance(error, (TransientError, UnknownModel)) and self._surroundings.are_away():
+        if self._is_excused(error):
             log.warning("step %d of %s waits for what it needs: %s", job.step_index, job.id, error)
-            return self._hand_back(job)
+            return self._hand_back(job, policy.delay_s(self._excused))
         if not policy.allows(error, job.attempts):
             unforeseen = None if isinstance(error, EditxError) else error
             log.error(

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from shared import telemetry
 
 log = logging.getLogger(__name__)
+SETTLE_S = 120.0
+"""How long after an outage a failure may still be due to it: gRPC waits up to two minutes before it connects again."""
 
 
 def _always() -> bool:
@@ -37,6 +39,7 @@ class Surroundings:
         self._closed = threading.Event()
         self._away_since: float | None = None
         self._given_up = False
+        self._back_at = float("-inf")
 
     @property
     def are_there(self) -> bool:
@@ -49,10 +52,10 @@ class Surroundings:
             self._begin()
 
     def are_away(self) -> bool:
-        """Ask now, for a step that failed: whether an outage is to blame, which then holds steps back."""
+        """Ask now, for a step that failed: whether an outage is to blame. One that lasts holds steps back."""
         if self._answer():
             self._given_up = False
-            return False
+            return time.monotonic() - self._back_at < SETTLE_S
         if self._given_up:
             return False
         self._begin()
@@ -85,6 +88,7 @@ class Surroundings:
         else:
             self._given_up = False
             if told:
+                self._back_at = time.monotonic()
                 log.info("models and artifacts are back after %.0f s", time.monotonic() - began)
         with self._lock:
             self._away_since = None

@@ -216,10 +216,16 @@ def retry(job: Job, token: int, error: JobError, delay_s: float, now: float) -> 
     return Move(moved, (_event(moved, "retry", now, data=data),))
 
 
-def release(job: Job, token: int, now: float) -> Move:
-    """Give the lease back unused (a worker drains): the attempt does not count. Raises Fenced."""
+def release(job: Job, token: int, now: float, delay_s: float = 0.0) -> Move:
+    """Give the lease back unused (a worker drains, models are away): the attempt does not count, and the next one comes
+    after `delay_s` at the earliest.
+
+    Raises Fenced.
+    """
     _held(job, token)
-    return Move(_next(job, now, lease=None, attempts=job.attempts - 1, due_at=now + DISPATCH_GRACE_S))
+    until = now + delay_s
+    moved = _next(job, now, lease=None, attempts=job.attempts - 1, not_before=until, due_at=until + DISPATCH_GRACE_S)
+    return Move(moved)
 
 
 def fail(job: Job, token: int, error: JobError, now: float) -> Move:

@@ -229,6 +229,29 @@ def test_a_worker_takes_nothing_before_its_models_are_there(world: World) -> Non
     world.wait(job, at_step(1))
 
 
+def test_a_step_that_takes_its_model_server_down_every_time_ends(world: World) -> None:
+    """The server is there again after each crash, so only the number of crashes tells."""
+
+    def crash(step: StepContext) -> None:
+        down.set()
+        raise InferenceUnavailable("The model server is away.")
+
+    down = threading.Event()
+
+    def answer() -> bool:
+        was_down = down.is_set()
+        down.clear()
+        return not was_down
+
+    handler = FakeHandler(act=crash)
+    job = world.submit()
+    world.work(handler, surroundings=Surroundings(answer, every_s=0.01))
+    ended = world.wait_end(job)
+    assert (ended.state, len(handler.runs)) == (JobState.FAILED, 3 + 3)
+    [letter] = world.dead_letters(DLQ_FAILED)
+    assert letter["attempt"] == "3"
+
+
 def test_models_that_never_come_back_end_jobs_with_the_reason(world: World) -> None:
     def fail(step: StepContext) -> None:
         raise UnknownModel("No model 'tokenizer' is served here.")

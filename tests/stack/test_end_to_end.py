@@ -274,6 +274,25 @@ def test_what_is_left_behind_expires_by_the_buckets_own_policy(stack: Stack) -> 
     assert {rule.rule_filter.prefix: rule.expiration.days for rule in rules} == dict.fromkeys(EXPIRING, EXPIRE_DAYS)
 
 
+def test_a_triton_that_is_away_for_a_while_costs_no_attempt(stack: Stack, client: Client) -> None:
+    """One job is at work as Triton dies, others come while it is away."""
+    client.submit("outage-0", generate={"max_duration_s": 3.0})
+    jobs, until = stack.jobs(), time.monotonic() + PATIENCE_S
+    while not any(job.lease is not None and job.step.kind == "generate" for job in jobs.list(limit=5).jobs):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    stack.signal("triton", signal.SIGKILL)
+    for number in (1, 2):
+        client.submit(f"outage-{number}")
+    time.sleep(8.0)
+    stack.restart("triton", kill=True)
+    results = [client.result(f"outage-{number}") for number in range(3)]
+    assert [result.state for result in results] == ["done"] * 3
+    assert {timing.attempts for result in results for timing in result.timings} == {1}
+    assert "no job is taken until they are back" in stack.log("llm-0").read_text()
+    jobs.close()
+
+
 def test_every_process_is_seen_and_ends_by_itself_when_asked(stack: Stack) -> None:
     assert set(stack.status().values()) == {"running"}
     assert set(Stack(stack.folder).status()) == set(stack.names())
