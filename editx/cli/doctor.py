@@ -14,6 +14,7 @@ from importlib import metadata
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from editx.cli import options
@@ -44,7 +45,7 @@ def doctor(checkpoint: options.CheckpointOption = "nano", as_json: options.JsonO
         table = Table("", "", "state", "what to do")
         for finding in findings:
             mark = "[green]ok[/]" if finding.ok else "[red]no[/]"
-            table.add_row(mark, finding.what, finding.state, finding.hint)
+            table.add_row(mark, *map(escape, (finding.what, finding.state, finding.hint)))
         Console().print(table)
     return 0 if ok else EXIT_MISSING
 
@@ -74,7 +75,6 @@ def _packages() -> Iterator[Finding]:
 
 
 def _checkpoint(name: str) -> Iterator[Finding]:
-    from editx.cli.checkpoint import COMPONENTS
     from shared.checkpoints.layout import Checkpoint
     from shared.errors import EditxError
 
@@ -84,10 +84,14 @@ def _checkpoint(name: str) -> Iterator[Finding]:
         yield Finding(f"checkpoint {name}", "not found", ok=False, hint=error.hint)
         return
     yield Finding(f"checkpoint {name}", str(checkpoint.root), ok=True)
-    for component, attribute in COMPONENTS.items():
-        try:
-            getattr(checkpoint, attribute)
-        except EditxError as error:
-            yield Finding(component, "missing", ok=False, hint=error.message)
+    if importlib.util.find_spec("torch") is None:
+        return
+    from shared.checkpoints.verify import verify
+
+    for part in verify(checkpoint, hashes=False).components:
+        if part.ok:
+            yield Finding(part.name, "in order", ok=True)
         else:
-            yield Finding(component, "present", ok=True)
+            first = part.findings[0]
+            hint = f"{first.what}: {first.detail}; `editx checkpoint verify {name}` lists all."
+            yield Finding(part.name, first.problem, ok=False, hint=hint)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from editx.cli import options
@@ -50,7 +51,7 @@ def list_(as_json: options.JsonOption = False) -> None:
         return
     table = Table("voice", "seconds", "text")
     for voice in voices:
-        table.add_row(voice.name, f"{voice.duration_s:.2f}", voice.text)
+        table.add_row(voice.name, f"{voice.duration_s:.2f}", escape(voice.text))
     Console().print(table)
 
 

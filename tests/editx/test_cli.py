@@ -323,6 +323,9 @@ def test_a_voice_is_stored_cloned_by_name_and_removed(
     assert run(["voices", "list", "--json"]) == 0
     [voice] = json.loads(capsys.readouterr().out)
     assert (voice["name"], voice["text"], voice["duration_s"]) == ("ann", TEXT, 1.0)
+    assert run(["voices", "add", "bob", str(source), "--text", "Well [Laughter] yes."]) == 0
+    assert run(["voices", "list"]) == 0
+    assert "Well [Laughter] yes." in capsys.readouterr().out
     out = tmp_path / "said.wav"
     assert run(["clone", "ann", "--text", "Hi.", "-o", str(out), "--checkpoint", str(tiny), *FAST]) == 0
     assert out.exists()
@@ -368,8 +371,16 @@ def test_the_doctor_finds_what_a_checkpoint_lacks(
     lacking = tmp_path / "lacking"
     lacking.mkdir()
     assert run(["doctor", "--checkpoint", str(lacking), "--json"]) == 3
-    missing = [finding["what"] for finding in report(capsys)["findings"] if not finding["ok"]]
-    assert "language model" in missing
+    missing = {finding["what"]: finding["state"] for finding in report(capsys)["findings"] if not finding["ok"]}
+    assert missing["language model"] == "missing"
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny, damaged)
+    next(damaged.rglob("flow.pt")).write_bytes(b"damaged")
+    assert run(["doctor", "--checkpoint", str(damaged)]) == 3
+    assert "checkpoint verify" in capsys.readouterr().out.replace("\n", " ")
+    assert run(["doctor", "--checkpoint", str(damaged), "--json"]) == 3
+    wrong = [(finding["what"], finding["state"]) for finding in report(capsys)["findings"] if not finding["ok"]]
+    assert wrong == [("flow", "wrong")]
 
 
 def test_what_the_operating_system_refuses_is_a_message(
