@@ -44,6 +44,6 @@ def _model(name: str) -> Any:
     except Exception as error:
         raise MissingComponent(
             f"The speech recognition model {name}",
-            f"it could not be loaded ({error})",
+            f"it could not be loaded ({' '.join(str(error).split())})",
             f"Connect to the network once, or name a local folder in {MODEL_VARIABLE}.",
         ) from error
