@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import asyncio
 import io
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -231,6 +233,18 @@ def test_the_package_imports_httpx_and_the_standard_library_only() -> None:
             for name in names:
                 top = name.split(".")[0]
                 assert top in {"httpx", "editx_client"} or top in sys.stdlib_module_names, f"{path.name}: {name}"
+
+
+def test_the_package_installs_alone_and_brings_its_types(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(PACKAGE, source, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"))
+    offline = ["--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--quiet"]
+    subprocess.run([sys.executable, "-m", "pip", "install", *offline, "--target", target, source], check=True)
+    assert (target / "editx_client" / "py.typed").is_file()
+    look = f"import sys; sys.path.insert(0, {str(target)!r}); import editx_client; print(editx_client.__file__)"
+    found = subprocess.run([sys.executable, "-c", look], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found.stdout.startswith(str(target))
 
 
 def test_both_clients_offer_the_same_methods() -> None:
