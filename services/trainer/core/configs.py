@@ -38,7 +38,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The entries in a JSON or YAML file. Raises UserError for a file that holds no mapping."""
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read: {error}.", code="invalid_training") from error
     if not isinstance(document, dict):
         raise UserError(f"{path} holds no mapping of names to values.", code="invalid_training")

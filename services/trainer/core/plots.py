@@ -123,5 +123,6 @@ def draw_series(
 
 def _save(pyplot: Any, figure: Any, target: Path) -> None:
     figure.tight_layout()
+    target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=110)
     pyplot.close(figure)

@@ -81,11 +81,17 @@ def zero_shot(
     teacher: Teacher, sentences: Sequence[Sentence], speakers: Mapping[str, Sequence[str]], tokenize: Tokenize, *,
     count: int, seed: int = 0, work: Work = AT_ONCE,
 ) -> Iterator[Row | Refused]:  # fmt: skip
-    """Clones: a speaker (of the language) says one sentence as the reference and another as the answer."""
+    """Clones: a speaker (of the language) says one sentence as the reference and another as the answer.
+
+    Raises UserError for a language of one sentence.
+    """
     for number in range(count):
         rng = np.random.default_rng((seed, number))
         target = sentences[int(rng.integers(len(sentences)))]
         same = [s for s in sentences if s.language == target.language and s.text != target.text]
+        if not same:
+            raise UserError(f"There is one sentence of the language {target.language!r}: a clone needs two.",
+                            code="invalid_dataset")  # fmt: skip
         speaker = str(rng.choice(list(speakers[target.language])))
         reference = same[int(rng.integers(len(same)))]
 

@@ -126,6 +126,12 @@ def judge_candidates(
         raise UserError(f"{path} holds no candidates.", code="invalid_dataset")
     rated = {one.candidate for one in read_ratings(out) if one.rater == judge.name} if out.exists() else set()
     labels = labels_of([line.edit for line in lines])
+    for line in lines:
+        for name in (line.audio, line.source):
+            if not (path.parent / name).is_file():
+                raise UserError(f"{path}, candidate {line.id}: there is no recording {path.parent / name}.",
+                                "Draw the candidates again.", "bad_row")  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
     heard = [line for line in lines if line.edit.type in HIGHEST and judge.hears(line.edit.type)]
     todo = [line for line in heard if line.id not in rated]
 

@@ -67,6 +67,7 @@ class RatingServer:
     def __init__(self, items: Sequence[Item], rater: str, target: Path, port: int = 0) -> None:
         self.items, self.rater, self.target = shuffled(items, rater), rater, target
         self._lock = threading.Lock()
+        target.parent.mkdir(parents=True, exist_ok=True)
         known = read_ratings(target) if target.exists() else []
         self._rated = {one.candidate for one in known if one.rater == rater}
         try:

@@ -285,7 +285,7 @@ def _rows(
     if spec.kind == "prompts":
         return build.prompts(_recordings(spec, folder), spec.manners, tokenize(), work=work)
     sentences, refused = _sentences(spec, folder)
-    missing = {s.language for s in sentences} - spec.speakers.keys()
+    missing = {s.language for s in sentences} - {language for language, names in spec.speakers.items() if names}
     if missing:
         raise UserError(f"The description names no speakers for {', '.join(sorted(missing))}.", code="invalid_dataset")
     if not sentences:

@@ -77,6 +77,18 @@ def test_another_description_or_material_starts_again(folder: Path) -> None:
         assert teacher.said == 12
 
 
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"speakers": {"en": []}}, "names no speakers for en"),
+    ({"texts": "one.jsonl"}, "a clone needs two"),
+    ({"texts": "lost.jsonl"}, "cannot be read"),
+    ({"keep_audio": True, "kind": "rows", "rows": "x.jsonl"}, "no keep_audio"),
+])  # fmt: skip
+def test_what_cannot_be_built_is_said(changes: dict[str, Any], message: str, folder: Path) -> None:
+    (folder / "one.jsonl").write_text(json.dumps({"text": "alone", "language": "en"}) + "\n")
+    with pytest.raises(UserError, match=message):
+        build(folder, Voice(), **changes)
+
+
 def test_recordings_are_kept_travel_and_are_those_that_were_hashed(folder: Path) -> None:
     built = build(folder, Voice(), keep_audio=True)
     saved = built.save(folder / "sets")

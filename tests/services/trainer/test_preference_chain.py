@@ -72,13 +72,13 @@ def test_prompts_become_preferences_and_hardest_prompts(
     assert (out / "candidates.jsonl").read_text() == "".join(lines)
     assert "holds candidates of other prompts" in refused([*draw, "--temperature", "0.1"], capsys)
 
-    ratings = tmp_path / "ratings.jsonl"
+    ratings = tmp_path / "rated" / "ratings.jsonl"
     ask = ["data", "judge", str(out / "candidates.jsonl"), "--judge", str(judge), "--out", str(ratings)]
     assert f"{3 * count} ratings by acoustic, 0 of edits" in said(ask, capsys)
     assert "0 ratings by acoustic" in said(ask, capsys)
     assert {one.scale for one in read_ratings(ratings)} == {10}
 
-    spec = {"kind": "preferences", "name": "preferences", "rows": str(prompts), "ratings": ["ratings.jsonl"],
+    spec = {"kind": "preferences", "name": "preferences", "rows": str(prompts), "ratings": ["rated/ratings.jsonl"],
             "candidates": "answers/candidates.jsonl", "preference_margin": 1e-6}  # fmt: skip
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(spec))
     built = json.loads(
@@ -100,6 +100,8 @@ def test_prompts_become_preferences_and_hardest_prompts(
     assert max(mean[id] for id in kept) <= min(mean[id] for id in mean.keys() - kept)
     ratings.write_text(ratings.read_text().splitlines(keepends=True)[0])
     assert "was rated" in refused(keep, capsys)
+    next((out / "audio").iterdir()).unlink()
+    assert "there is no recording" in refused(ask, capsys)
 
 
 def test_a_held_out_judge_watches_ppo(
