@@ -55,6 +55,7 @@ down: $(READY)  ## stop it
 
 chaos: $(READY) $(SERVERS)  ## faults under load, then check that nothing was lost: ROUNDS=5
 	$(PYTHON) -m editx.stack.chaos --rounds $(ROUNDS)
+	$(PYTHON) -m editx.stack.chaos --rounds 1 --triton
 
 # torchaudio comes with some judges, which never call it; it needs CUDA's libraries and without them breaks peft.
 define INSTALL_TRAIN

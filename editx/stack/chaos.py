@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import httpx
 import numpy as np
 
 from editx.stack.proxy import EVERYBODY, Proxy
@@ -30,15 +31,21 @@ from shared.audio.io import Waveform, write_audio
 from shared.deadletters import dead_letters
 from shared.errors import TransientError
 from shared.intake import Intake
-from shared.schemas import Edit, Job, JobRequest, JobState
-from shared.schemas.exchange import RESULTS, Result, Submission
+from shared.schemas import Edit, Job, JobState, Lane
+from shared.schemas.exchange import RESULTS, Result, Submission, SubmittedRequest
 from shared.schemas.route import DLQ_FAILED
+from shared.store.port import ArtifactStore
 from shared.sweeper import Sweeper
 
 PAUSE_S = 4.0
 """Longer than the lease of the workers under test."""
 LEASE_S = 3.0
 ACCEPT_PATIENCE_S = 60.0
+UNLIMITED = dict.fromkeys(
+    ("EDITX_REQUESTS_PER_MINUTE", "EDITX_OPEN_JOBS_MAX", "EDITX_BACKLOG_INTERACTIVE_MAX", "EDITX_BACKLOG_BATCH_MAX"),
+    "1000000",
+)
+"""The gateway refuses nothing: what is under test is what it accepts."""
 DETOUR = 6
 """The proxies that cut processes off listen on ports this much above the servers'."""
 
@@ -48,6 +55,8 @@ class Report:
     """What was done, and what was found wrong."""
 
     accepted: int = 0
+    resent: int = 0
+    checked: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     ends: Counter[str] = field(default_factory=Counter)
     retries: int = 0
@@ -63,6 +72,7 @@ class Report:
         lines = [
             f"{sum(self.faults.values())} faults: {faults}",
             f"{self.accepted} jobs accepted: {ends}; {self.retries} retries, {self.takeovers} steps taken over",
+            f"{self.resent} submissions sent again; {self.checked} artifacts match the hashes in their jobs' records",
             f"slowest job {self.slowest_s:.1f} s; all ended {self.drained_s:.1f} s after the last fault",
             f"{len(self.findings)} findings" + "".join(f"\n  {finding}" for finding in self.findings),
         ]
@@ -72,10 +82,16 @@ class Report:
 
 
 class Load:
-    """Submits a job every `every_s` seconds until it is stopped; an accepted one is remembered."""
+    """Submits a job every `every_s` seconds until it is stopped, by turns as the intake does and over HTTP; an accepted
+    one is remembered.
+
+    A submission that fails is sent again under its key, as a client would.
+    """
 
     def __init__(self, stack: Stack, every_s: float) -> None:
         self.accepted: list[str] = []
+        self.resent = 0
+        self._http = httpx.Client(base_url=stack.urls["EDITX_PUBLIC_URL"], timeout=10.0)
         self._bus, self._jobs, self._store = stack.bus(), stack.jobs(), stack.store()
         self._intake = Intake(self._bus, self._store, self._jobs)
         self._every_s = every_s
@@ -93,31 +109,52 @@ class Load:
         self._thread.join(timeout=ACCEPT_PATIENCE_S + 30.0)
         self._bus.close()
         self._jobs.close()
+        self._http.close()
 
     def _run(self) -> None:
         number = 0
         while not self._stop.is_set():
-            request = JobRequest(
-                edit=Edit(type="denoise"), iterations=1 + number % 2, lane=("interactive", "batch")[number % 3 == 2]
-            )
-            submission = Submission.model_construct(
-                schema_version=1, submission_id=f"chaos-{number}", owner="chaos", request=request, audio=self._audio
-            )
+            submit = (self._over_http, self._by_intake)[number % 2]
             until = time.monotonic() + ACCEPT_PATIENCE_S
             while time.monotonic() < until:
                 try:
-                    self.accepted.append(self._intake.accept(submission).id)
+                    self.accepted.append(submit(number))
                     break
-                except TransientError:
+                except (TransientError, httpx.HTTPError):
+                    self.resent += 1
                     time.sleep(0.2)
             number += 1
             self._stop.wait(self._every_s)
+
+    def _by_intake(self, number: int) -> str:
+        request = SubmittedRequest(edit=Edit(type="denoise"), iterations=_iterations(number), lane=_lane(number))
+        submission = Submission.model_construct(
+            schema_version=1, submission_id=f"chaos-{number}", owner="chaos", request=request, audio=self._audio
+        )
+        return self._intake.accept(submission).id
+
+    def _over_http(self, number: int) -> str:
+        answer = self._http.post(
+            "/v1/audio/edits",
+            data={"type": "denoise", "iterations": str(_iterations(number)), "lane": _lane(number)},
+            files={"audio": ("a.wav", self._audio, "audio/wav")},
+            headers={"Idempotency-Key": f"chaos-{number}"},
+        )
+        return str(answer.raise_for_status().json()["id"])
+
+
+def _iterations(number: int) -> int:
+    return 1 + number // 2 % 2
+
+
+def _lane(number: int) -> Lane:
+    return "batch" if number % 3 == 2 else "interactive"
 
 
 def faults(stack: Stack, proxies: Mapping[str, Proxy], servers: Sequence[str]) -> list[tuple[str, Callable[[], None]]]:
     """The faults of one round, each with its name; every one ends with all processes running again.
 
-    Workers suffer all of them, and so do the `servers` named.
+    Workers suffer all of them, and so do the `servers` named; the gateway dies while it takes jobs.
     """
     workers = [name for name in stack.names() if name.partition("-")[0] in stack.options.services]
 
@@ -145,6 +182,7 @@ def faults(stack: Stack, proxies: Mapping[str, Proxy], servers: Sequence[str]) -
         ("drain worker", lambda: stack.restart(some())),
         ("cut worker off", lambda: cut(list(proxies), [stack.pids()[some()]])),
         ("cut worker off from redis", lambda: cut(["redis"], [stack.pids()[some()]])),
+        ("kill gateway", lambda: kill("gateway")),
     ]
     for server in servers:
         chosen += [
@@ -168,8 +206,8 @@ def run(folder: Path, *, rounds: int, port: int, every_s: float = 0.1, servers: 
     services = ("tokenizer", "llm", "decoder")
     options = Options(
         port=port, inference="triton" if triton else "null", services=services, workers=workers, slots=2,
-        gateway=False, lease_s=LEASE_S, detour=DETOUR,
-        settings={"EDITX_NULL_S": "0.05", "EDITX_SWEEP_EVERY_S": "2"},
+        lease_s=LEASE_S, detour=DETOUR,
+        settings={"EDITX_NULL_S": "0.05", "EDITX_SWEEP_EVERY_S": "2", **UNLIMITED},
     )  # fmt: skip
     stack, report = Stack(folder, options), Report()
     tormented = [name for name in ORDER if servers and name in stack.server_ports]
@@ -186,6 +224,7 @@ def run(folder: Path, *, rounds: int, port: int, every_s: float = 0.1, servers: 
                     fault()
                     report.faults[name] += 1
                     time.sleep(between_s)
+        report.resent = load.resent
         _settle(stack, load.accepted, report, patience_s)
         _check(stack, load.accepted, report)
     finally:
@@ -228,9 +267,7 @@ def _check(stack: Stack, accepted: list[str], report: Report) -> None:
         if job.state == JobState.DONE:
             if job_id in letters:
                 report.findings.append(f"{job_id}: done and among the dead letters")
-            for key in job.result_keys:
-                if hashlib.sha256(store.get(key)).hexdigest() != store.stat(key).sha256:
-                    report.findings.append(f"{job_id}: {key} does not match its hash")
+            report.findings += [f"{job_id}: {finding}" for finding in _contents(store, job, report)]
             outputs = [info for info in store.list(f"jobs/{job_id}/") if info.key.endswith("-decode/audio.wav")]
             if len(outputs) != len(job.result_keys):
                 report.findings.append(f"{job_id}: {len(outputs)} outputs for {len(job.result_keys)} iterations")
@@ -241,6 +278,23 @@ def _check(stack: Stack, accepted: list[str], report: Report) -> None:
             )
     bus.close()
     jobs.close()
+
+
+def _contents(store: ArtifactStore, job: Job, report: Report) -> Iterator[str]:
+    """Which artifacts of a job that is done are not those that its record names.
+
+    A record takes a hash only from the attempt that held the lease to its end, so a stale worker's write would show.
+    """
+    hashes = {
+        job.route.steps[timing.index].output_key(job.id, name): digest
+        for timing in job.timings
+        for name, digest in timing.artifacts.items()
+    }
+    yield from (f"{key} has no hash in the record" for key in job.result_keys if key not in hashes)
+    for key, digest in hashes.items():
+        report.checked += 1
+        if hashlib.sha256(store.get(key)).hexdigest() != digest:
+            yield f"{key} is not what its step wrote"
 
 
 def _history(stack: Stack, job: Job, report: Report) -> Iterator[str]:
@@ -275,7 +329,8 @@ def _results(bus: object, wanted: set[str], patience_s: float = 30.0) -> dict[st
     while time.monotonic() < until and wanted - told.keys():
         for delivery in reader.poll(0.2, max_records=500):
             result = Result.model_validate_json(delivery.value)
-            told.setdefault(result.job_id, set()).add(result.state)
+            if result.state != "accepted":
+                told.setdefault(result.job_id, set()).add(result.state)
     reader.close()
     return told
 
