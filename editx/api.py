@@ -89,6 +89,7 @@ class Editor:
         models: dict[str, ModelFactory] | None = None,
     ) -> None:
         self.checkpoint = Checkpoint.resolve(checkpoint)
+        self.is_open = True
         self.system = Embedded(self.checkpoint, folder=folder, device=device, models=models).start()
 
     def edit(
@@ -143,6 +144,7 @@ class Editor:
 
     def run(self, source: Source, request: JobRequest, on_event: Callable[[JobEvent], None] | None = None) -> Result:
         """Carry out a request and wait for it; an interrupt (Ctrl-C) cancels it first."""
+        self._check_open()
         recording = read_source(source)
         check_request(request, self.checkpoint)
         began = time.perf_counter()
@@ -159,6 +161,7 @@ class Editor:
 
     def tokenize(self, source: Source) -> Tokenized:
         """The recording's linguistic and semantic codes, speaker embedding and reference mel."""
+        self._check_open()
         recording = read_source(source)
         codes = self.system.inference.infer(
             "tokenizer",
@@ -180,6 +183,7 @@ class Editor:
         cfg: float | None = None,
     ) -> Waveform:
         """The audio that tokens stand for, in the voice of the reference (their own, if there is none); 24 kHz."""
+        self._check_open()
         voice = reference or tokens
         answer = self.system.inference.infer(
             "decoder",
@@ -200,6 +204,7 @@ class Editor:
 
     def close(self) -> None:
         """Stop the workers and free the models. Safe to call twice."""
+        self.is_open = False
         self.system.close()
 
     def __enter__(self) -> Self:
@@ -209,6 +214,10 @@ class Editor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _check_open(self) -> None:
+        if not self.is_open:
+            raise UserError("The editor is closed.", "Make another one, or call load() again.", "editor_closed")
 
     def _give_up(self, job_id: str) -> None:
         try:
@@ -362,7 +371,7 @@ def load(checkpoint: str | Path = "nano", *, device: str = "cpu") -> Editor:
     """The editor of a checkpoint ("nano", another name, or a directory); the same one for the same arguments."""
     key = str(checkpoint), device
     with _lock:
-        if key not in _editors:
+        if key not in _editors or not _editors[key].is_open:
             _editors[key] = Editor(checkpoint, device=device)
             atexit.register(_editors[key].close)
         return _editors[key]

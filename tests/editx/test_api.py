@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from editx.api import Editor, Result, Source, read_source, told_by
+from editx.api import Editor, Result, Source, load, read_source, told_by
 from editx.embedded import Embedded
 from shared.audio.io import Waveform, read_audio, write_audio
 from shared.checkpoints.layout import Checkpoint
@@ -149,6 +149,18 @@ def test_a_result_without_a_proper_end_is_told(n_best: int, collapsed: int, told
 def test_several_candidates_without_a_reward_model_are_refused_at_once(editor: Editor, speech: Waveform) -> None:
     with pytest.raises(MissingComponent, match="reward model"):
         editor.edit(speech, denoise=True, n_best=2)
+
+
+def test_a_closed_editor_says_so_and_is_not_loaded_again(tiny: Path, speech: Waveform) -> None:
+    with load(tiny) as closed:
+        assert load(tiny) is closed
+        tokens = closed.tokenize(speech)
+    for call in (lambda: closed.edit(speech, vad=True), lambda: closed.tokenize(speech), lambda: closed.decode(tokens)):
+        with pytest.raises(UserError, match="closed"):
+            call()
+    with load(tiny) as opened:
+        assert opened is not closed
+        assert opened.edit(speech, vad=True, steps=1).audio.duration_s > 0
 
 
 def test_one_idempotency_key_is_one_job(editor: Editor, speech: Waveform) -> None:
