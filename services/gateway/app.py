@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
 
 from services.gateway import openapi, problems
 from services.gateway.backend import Backend
@@ -17,6 +18,8 @@ from services.gateway.routes import ROUTERS
 from services.gateway.settings import GatewaySettings
 from services.gateway.threads import blocking
 
+OWN_SPANS = TelemetryConfig(tracing=False, metrics=False, logs=False, operation_spans=False)
+"""Requests are observed here (observe.py); FastAPI's own spans would tell of each once more."""
 DESCRIPTION = """Edit how a recording sounds and clone voices.
 
 An edit is a job: send a recording, follow its events, fetch the audio. Errors are problem documents (RFC 9457).
@@ -48,6 +51,7 @@ def create_app(backend: Backend, settings: GatewaySettings | None = None) -> Fas
         lifespan=lifespan,
         redoc_url=None,
         responses=problems.responses(422),
+        telemetry=OWN_SPANS,
     )
     app.state.gateway = gateway
     app.add_middleware(

@@ -143,6 +143,12 @@ def test_an_edit_over_http_comes_back_as_audio(stack: Stack, recording: bytes) -
         assert answer.status_code in (200, 201, 202), answer.text
         job = answer.json()
         assert job["status"] == "done", job
+    until = time.monotonic() + 10.0
+    while "send editx.results" not in (text := "\n".join(lines(trees(read_spans(stack.spans_file), job["id"])))):
+        assert time.monotonic() < until, text
+        time.sleep(0.2)
+    assert len(trees(read_spans(stack.spans_file), job["id"])) == 1, text
+    assert text.count("POST") == 1, text
 
 
 def test_speech_streams_to_its_end(stack: Stack, recording: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Response
@@ -51,6 +52,7 @@ async def get_job(job_id: str, gateway: GatewayOf, principal: Caller, wait_s: Wa
     response_class=StreamingResponse,
     responses={
         200: {"content": {events.CONTENT_TYPE: {"schema": {"type": "string"}}}},
+        204: {"description": "The job has ended, and no event is left"},
         **responses(400, 401, 404, 429),
     },
 )
@@ -63,7 +65,10 @@ async def follow_job(
     ] = None,
     after: Annotated[int, Query(ge=0, le=2**53, description="The same, for clients that cannot set headers.")] = 0,
 ) -> Response:
-    """The job's events as server-sent events, to its end. The last one carries the job."""
+    """The job's events as server-sent events, to its end. The last one carries the job.
+
+    Whoever has seen it gets 204, which tells a browser's EventSource not to come again.
+    """
     if last_event_id is not None:
         if not (last_event_id.isascii() and last_event_id.isdigit() and len(last_event_id) < 16):
             raise UserError(
@@ -72,6 +77,8 @@ async def follow_job(
         after = int(last_event_id)
     job = await blocking(own_job, gateway, principal, job_id)
     gateway.listeners.check()
+    if job.is_terminal and not await blocking(partial(gateway.backend.jobs.events, job.id, after=after, limit=1)):
+        return Response(status_code=204)
     return StreamingResponse(events.job_events(gateway, job, after), 200, events.HEADERS, events.CONTENT_TYPE)
 
 

@@ -111,6 +111,8 @@ def test_events_resume_after_the_last_one_seen(client: httpx.Client) -> None:
 
     everything = numbers()
     assert numbers(headers={"last-event-id": "2"}) == everything[2:]
+    over = client.get(path, headers={"last-event-id": str(everything[-1])})
+    assert (over.status_code, over.content) == (204, b"")
     assert numbers(params={"after": 3}) == everything[3:]
     assert client.get(path, headers={"last-event-id": "two"}).status_code == 400
 
