@@ -116,7 +116,7 @@ class Generation:
         if room < settings.min_groups:
             raise UserError(
                 f"The prompt of {len(prompt)} tokens leaves no room for {settings.min_groups * GROUP} more in a "
-                f"context of {context}.", "Use a shorter recording or raise the context.", "prompt_too_long",
+                f"context of {context}.", "Use a shorter recording, or raise EDITX_LLM_CONTEXT.", "prompt_too_long",
             )  # fmt: skip
         self.settings = replace(settings, max_groups=min(settings.max_groups, room))
 
