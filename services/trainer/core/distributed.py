@@ -128,6 +128,8 @@ def join_group(sharding: Sharding, device: str) -> Group:
         raise UserError("Sharding fsdp needs torchrun.", "torchrun --nproc-per-node N -m editx train ...",
                         "invalid_training")  # fmt: skip
     if not dist.is_initialized():
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)  # what is summed over processes lies on "cuda": each one's own, not the first
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return Group(int(os.environ["RANK"]), world, sharding)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from services.trainer.core.distributed import leave_group
+from services.trainer.core.distributed import join_group, leave_group
 from services.trainer.core.runs import Observer, RunStopped, Silent, read_log
 from services.trainer.core.sampling import Vocabulary
 from services.trainer.core.settings import LoopConfig
@@ -159,6 +159,17 @@ def test_a_sharded_reward_model_is_written_once_and_whole(tiny: Path, tmp_path: 
     model, aggregate = load_reward(made)
     assert aggregate == "mean"
     assert model.head.weight.abs().max() > 0
+
+
+def test_each_process_sums_on_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, str]] = []
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: done.append(("device", device)))
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend: done.append(("group", backend)))
+    group = join_group("ddp", "cuda:1")
+    assert (group.rank, group.world) == (1, 2)
+    assert done == [("device", "cuda:1"), ("group", "nccl")]
 
 
 def test_shards_without_torchrun_are_refused(tiny: Path, tmp_path: Path) -> None:
