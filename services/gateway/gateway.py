@@ -73,6 +73,8 @@ class Gateway:
                     await blocking(self.tidy)
             except EditxError as error:
                 log.warning("the backlog is not known: %s", error)
+            except Exception:
+                log.exception("the backlog is not known")
             await asyncio.sleep(self.settings.backlog_every_s)
 
     def tidy(self) -> None:

@@ -57,13 +57,19 @@ class ResultsReader:
             try:
                 while not self._stop.is_set():
                     self._read(reader)
+            except Exception:
+                log.exception("results are not read for now")
+                self._stop.wait(AGAIN_S)
             finally:
                 reader.close()
 
     def _read(self, reader: Subscription) -> None:
         deliveries = reader.poll(POLL_S, max_records=RECORDS_MAX)
         for delivery in deliveries:
-            self._take(delivery)
+            try:
+                self._take(delivery)
+            except Exception:
+                log.exception("the result at %s offset %d was not taken", delivery.partition, delivery.offset)
         try:
             if deliveries:
                 reader.commit({delivery.partition: delivery.offset + 1 for delivery in deliveries})

@@ -110,6 +110,8 @@ class Webhooks:
                     self._scan()
             except EditxError as error:
                 log.warning("the outbox was not read: %s", error)
+            except Exception:
+                log.exception("the outbox was not read")
             for job_id in self._take(now):
                 self._pool.submit(self._look, job_id)
 

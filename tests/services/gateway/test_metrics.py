@@ -85,6 +85,27 @@ def test_a_result_told_twice_counts_once_and_older_or_strange_ones_not_at_all(se
     assert value(metrics, "editx_step_seconds_count", kind="tokenize") == 2
 
 
+def test_a_defect_in_counting_one_result_does_not_end_the_reading(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def odd(found: Result) -> None:
+        if found.job_id == "odd":
+            raise KeyError("nobody foresaw this")
+        count(found)
+
+    bus, metrics, now = MemoryBus(), Metrics(), time.time()
+    count = metrics.count
+    monkeypatch.setattr(metrics, "count", odd)
+    reader = ResultsReader(bus, metrics, served.gateway.webhooks)
+    reader.start()
+    for found in (result("odd", now), result("good", now)):
+        bus.publish(RESULTS, found.job_id, found.model_dump_json().encode())
+    try:
+        until(lambda: value(metrics, "editx_jobs_ended_total", state="done") == 1)
+    finally:
+        reader.stop()
+
+
 def test_metrics_tell_the_batches_and_cache_hits_of_models_in_this_process() -> None:
     metrics = Metrics()
     before = [value(metrics, name, **labels) or 0.0 for name, labels in COUNTED]
