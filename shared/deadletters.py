@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from shared import outbox
 from shared.bus.port import Bus, Delivery
 from shared.errors import UserError
 from shared.jobs import machine
@@ -20,6 +21,7 @@ from shared.jobs.port import Idempotency, JobStore
 from shared.publishing import publish_step
 from shared.schemas.job import Job
 from shared.schemas.route import DLQ_FAILED, DLQ_UNREADABLE, source_key
+from shared.store.port import ArtifactStore
 
 TOPICS = (DLQ_UNREADABLE, DLQ_FAILED)
 
@@ -71,10 +73,12 @@ def dead_letters(bus: Bus, *, join_s: float = 20.0, quiet_s: float = 1.0) -> Ite
         reader.close()
 
 
-def replay(letter: DeadLetter, bus: Bus, jobs: JobStore) -> Job | None:
+def replay(letter: DeadLetter, bus: Bus, jobs: JobStore, store: ArtifactStore) -> Job | None:
     """Have it done again: the new job of a failed step, or None for a message that went back to its topic.
 
-    A letter that is replayed twice makes one job. Raises JobNotFound when the job has expired.
+    Its webhook is left in the outbox, for a gateway to send. A letter that is replayed twice makes one job.
+
+    Raises JobNotFound when the job has expired.
     """
     if letter.delivery.topic == DLQ_UNREADABLE:
         if "x-editx-cut" in letter.headers:
@@ -93,5 +97,10 @@ def replay(letter: DeadLetter, bus: Bus, jobs: JobStore) -> Job | None:
     expires_at = None if keep_s is None else jobs.now() + keep_s
     again = moved.job.model_copy(update={"reference": job.reference, "expires_at": expires_at})
     once = Idempotency(f"replay:{letter.id}:{job.id}", job.id)
+    if request.webhook_url is not None:
+        outbox.remember(store, again.id, 0, jobs.now())
     created = jobs.create(again, moved.events, idempotency=once)
-    return publish_step(bus, jobs, created.job) if created.is_new else created.job
+    if not created.is_new:
+        store.delete(outbox.outbox_key(again.id))
+        return created.job
+    return publish_step(bus, jobs, created.job)

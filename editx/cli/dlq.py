@@ -59,11 +59,11 @@ def show(letter: Letter) -> None:
 def replay(letter: Letter) -> None:
     """Have a dead letter done again: a failed step as a new job, an unreadable message as it came."""
     from shared.deadletters import replay as play
-    from shared.wiring import open_bus, open_jobs
+    from shared.wiring import open_bus, open_jobs, open_store
 
     bus, jobs = open_bus(address("EDITX_BUS_URL")), open_jobs(address("EDITX_JOBS_URL"))
     try:
-        job = play(_find(bus, letter), bus, jobs)
+        job = play(_find(bus, letter), bus, jobs, open_store(address("EDITX_STORE_URL")))
     finally:
         bus.close()
         jobs.close()

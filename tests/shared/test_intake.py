@@ -228,7 +228,7 @@ def test_a_record_larger_than_any_bus_takes_is_put_aside_by_its_beginning(
     assert letter.headers["x-editx-cut"] == str(len(huge))
     assert (letter.headers["traceparent"], "junk-0" in letter.headers) == ("00-x", False)
     with pytest.raises(UserError, match="not here whole"):
-        replay(letter, world.bus, world.jobs)
+        replay(letter, world.bus, world.jobs, world.store)
 
 
 def test_a_defect_in_taking_one_submission_holds_no_other_up(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +249,7 @@ def test_a_defect_in_taking_one_submission_holds_no_other_up(world: World, monke
 def test_an_unreadable_message_is_replayed_to_its_topic(world: World) -> None:
     world.bus.publish(SUBMISSIONS, "bad", b"not json")
     [letter] = list(dead_letters(world.bus, quiet_s=1.0))
-    assert replay(letter, world.bus, world.jobs) is None
+    assert replay(letter, world.bus, world.jobs, world.store) is None
     until = time.monotonic() + PATIENCE_S
     while len(letters := list(dead_letters(world.bus, quiet_s=0.3))) < 2:
         assert time.monotonic() < until

@@ -13,11 +13,13 @@ import pytest
 
 from shared.bus.memory import MemoryBus
 from shared.bus.port import BusUnavailable, Delivery, Headers, ListenerFailed, Partition, Subscription
+from shared.deadletters import dead_letters, replay
 from shared.errors import PermanentError, TransientError, UserError
 from shared.inference.port import DeadlineExceeded, InferenceUnavailable, RequestCancelled, UnknownModel
 from shared.jobs import machine
 from shared.jobs.machine import Fenced
 from shared.jobs.memory import MemoryJobStore
+from shared.outbox import recall
 from shared.publishing import publish_step
 from shared.schemas import Edit, Job, JobRequest, JobState, LeaseState, StepKind, topic_for
 from shared.schemas.route import DLQ_FAILED, DLQ_UNREADABLE
@@ -358,6 +360,26 @@ def test_a_worker_whose_listener_fails_ends_and_another_one_takes_its_partitions
     job = world.submit()
     world.work(FakeHandler())
     world.wait(job, at_step(1))
+
+
+def test_a_step_that_was_given_up_is_played_again_as_one_new_job(world: World) -> None:
+    def fail(step: StepContext) -> None:
+        if step.job.id == job.id:
+            raise PermanentError("The artifact is damaged.")
+
+    job = world.submit(webhook_url="https://example.org/hook")
+    for kind in ("tokenize", "generate", "decode"):
+        world.work(FakeHandler(kind, fail))
+    world.wait_end(job)
+    [letter] = [one for one in dead_letters(world.bus, quiet_s=0.3) if one.delivery.topic == DLQ_FAILED]
+    again = replay(letter, world.bus, world.jobs, world.store)
+    assert again is not None
+    assert again.request.source_key == f"jobs/{job.id}/source/audio"
+    assert recall(world.store, again.id)[0] == 0
+    assert world.wait_end(again).state == JobState.DONE
+    once_more = replay(letter, world.bus, world.jobs, world.store)
+    assert once_more is not None
+    assert once_more.id == again.id
 
 
 def test_a_message_about_an_unknown_job_is_put_aside(world: World) -> None:
