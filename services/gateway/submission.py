@@ -179,7 +179,7 @@ def discard(gateway: Gateway, job: Job) -> None:
 def audio_key(job: Job, iteration: int) -> tuple[str, str]:
     """Key and format of an iteration's audio, 0 being the source. Raises NotFound for one that is not ready."""
     if iteration == 0:
-        return source_key(job.id), "source"
+        return job.request.source_key or source_key(job.id), "source"
     ready = _ready(job)
     if not 1 <= iteration <= len(ready):
         raise NotFound(

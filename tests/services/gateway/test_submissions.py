@@ -80,6 +80,14 @@ def test_its_progress_is_followed_and_its_audio_fetched_over_http(sender: Sender
     assert sender.told("followed", "done").job_id == accepted.job_id
 
 
+def test_a_recording_that_lies_in_the_store_is_the_source_of_its_job(sender: Sender) -> None:
+    sender.served.system.store.put("recordings/one", wav())
+    sender.submit("stored", request={"edit": {"type": "denoise"}, "source_key": "recordings/one"})
+    job_id = sender.told("stored", "done").job_id
+    with sender.served.client() as client:
+        assert client.get(f"/v1/jobs/{job_id}/audio?iteration=0").content == wav()
+
+
 def test_its_webhook_is_sent(sender: Sender) -> None:
     receiver = Receiver()
     sender.submit("hooked", wav(), request={"edit": {"type": "denoise"}, "webhook_url": receiver.url})
