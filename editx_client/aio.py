@@ -76,6 +76,14 @@ class AsyncClient:
         """A batch as it stands."""
         return Batch.from_json(await self._json(calls.batch(batch_id)))
 
+    async def cancel_batch(self, batch_id: str) -> Batch:
+        """Ask for the end of every job of a batch that has not ended."""
+        return Batch.from_json(await self._json(calls.cancel_batch(batch_id)))
+
+    async def delete_batch(self, batch_id: str) -> None:
+        """Delete a batch, its jobs and their audio."""
+        await self._send(calls.delete_batch(batch_id))
+
     async def job(self, job_id: str, *, wait_s: float = 0.0) -> Job:
         """A job; with `wait_s` as soon as it has ended, at the latest after that time."""
         return Job.from_json(await self._json(calls.job(job_id, wait_s)))

@@ -59,7 +59,15 @@ def create_batch(edits: Sequence[Mapping[str, Any]], *, idempotency_key: str | N
 
 
 def batch(batch_id: str) -> Call:
-    return Call("GET", f"/v1/batches/{quote(batch_id, safe='')}")
+    return Call("GET", _batch(batch_id))
+
+
+def cancel_batch(batch_id: str) -> Call:
+    return Call("POST", f"{_batch(batch_id)}/cancel")
+
+
+def delete_batch(batch_id: str) -> Call:
+    return Call("DELETE", _batch(batch_id))
 
 
 def job(job_id: str, wait_s: float = 0.0) -> Call:
@@ -160,6 +168,10 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def headers(api_key: str | None) -> dict[str, str]:
     """What every call carries."""
     return {"user-agent": "editx-client", **({"authorization": f"Bearer {api_key}"} if api_key else {})}
+
+
+def _batch(batch_id: str) -> str:
+    return f"/v1/batches/{quote(batch_id, safe='')}"
 
 
 def _job(job_id: str) -> str:

@@ -110,6 +110,10 @@ def test_uploads_batches_voices_and_speech(client: Client) -> None:
     for job_id in batch.jobs:
         client.wait(job_id)
     assert client.batch(batch.id).counts == {"done": 2}
+    assert client.cancel_batch(batch.id).counts == {"done": 2}
+    client.delete_batch(batch.id)
+    with pytest.raises(ApiError, match="batch"):
+        client.batch(batch.id)
     voice = client.add_voice("Ada", wav(2.0), "What she says.", **CONSENT)
     assert client.voices() == [voice]
     assert client.edit(type="clone", target_text="New words.", voice="Ada").text == "What she says."
