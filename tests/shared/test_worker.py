@@ -265,14 +265,17 @@ def test_models_that_never_come_back_end_jobs_with_the_reason(world: World) -> N
     assert ended.error.code == "unknown_model"
 
 
+@pytest.mark.parametrize("timeout_s", [None, 1000.0])
 @pytest.mark.parametrize("error", [RequestCancelled("The request was cancelled."), DeadlineExceeded("Too late.")])
-def test_a_model_server_that_breaks_a_call_off_by_itself_has_it_tried_again(world: World, error: Exception) -> None:
+def test_a_model_server_that_breaks_a_call_off_by_itself_has_it_tried_again(
+    world: World, error: Exception, timeout_s: float | None
+) -> None:
     def break_off_once(step: StepContext) -> None:
         if len(handler.runs) == 1:
             raise error
 
     handler = FakeHandler(act=break_off_once)
-    job = world.submit()
+    job = world.submit(timeout_s=timeout_s)
     world.work(handler)
     assert world.wait(job, at_step(1)).timings[0].attempts == 2
 
