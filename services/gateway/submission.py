@@ -240,10 +240,10 @@ def view(gateway: Gateway, job: Job) -> JobView:
 
 def warnings(metadata: Metadata, request: JobRequest) -> list[str]:
     """What the owner should know: the checkpoint was not trained on what is asked for."""
-    edit = request.edit
-    if edit is None or metadata.knows(edit.type, edit.detail):
+    untrained = [] if request.edit is None else metadata.untrained(request.edit)
+    if not untrained:
         return []
-    return [f"The checkpoint {metadata.name} was not trained on {edit}; the result may not differ as asked."]
+    return [f"The checkpoint {metadata.name} was not trained on {', '.join(untrained)}; it may not do what you ask."]
 
 
 def _ready(job: Job) -> Sequence[str]:

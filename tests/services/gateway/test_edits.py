@@ -295,4 +295,6 @@ def test_a_batch_sent_again_with_its_key_is_the_same_batch(client: httpx.Client)
 
 def test_a_checkpoint_that_was_not_trained_on_an_edit_says_so(client: httpx.Client) -> None:
     assert "not trained on emotion confusion" in finished(client, detail="confusion")["warnings"][0]
+    sound = finished(client, type="paralinguistic", detail="", target_text="You know [cough], I did.")
+    assert "not trained on [cough]" in sound["warnings"][0]
     assert finished(client)["warnings"] == []
