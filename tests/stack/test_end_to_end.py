@@ -128,6 +128,9 @@ def test_one_trace_spans_all_services_and_the_models(stack: Stack, client: Clien
             break
         time.sleep(0.2)
     assert [name for name in wanted if name not in text] == []
+    systems = {span["attributes"].get("messaging.system") for span in read_spans(stack.spans_file)
+               if span["kind"] in ("PRODUCER", "CONSUMER")}  # fmt: skip
+    assert systems == {"kafka"}
     assert len(roots) == 1, text
 
 
