@@ -25,6 +25,7 @@ from services.gateway.access import Keys
 from services.gateway.metrics import Metrics
 from services.gateway.settings import GatewaySettings
 from services.intake.settings import IntakeSettings
+from services.trainer.evaluate.asking import JudgeSettings
 from services.trainer.settings import TrainerSettings
 from shared.checkpoints.layout import HOME_VARIABLE
 from shared.schemas.route import LANES, topic_for
@@ -41,6 +42,7 @@ SPEECH_MODELS = {"tokenizer", "llm", "decoder"}
 SETTINGS = {f"EDITX_{name}".upper() for kind in (ServiceSettings, GatewaySettings, IntakeSettings, PrepareSettings)
             for name in kind.model_fields}  # fmt: skip
 SETTINGS |= {f"EDITX_TRAINER_{name}".upper() for name in TrainerSettings.model_fields} | {HOME_VARIABLE}
+SETTINGS |= {f"EDITX_JUDGE_{name}".upper() for name in JudgeSettings.model_fields}
 KEDA_FIELDS = {
     "scaleTargetRef", "pollingInterval", "cooldownPeriod", "initialCooldownPeriod", "idleReplicaCount",
     "minReplicaCount", "maxReplicaCount", "fallback", "advanced", "triggers",
@@ -240,8 +242,11 @@ def test_the_trial_overlay_holds_everything_that_its_pods_ask_for(rendered: dict
     asked: set[tuple[str, str]] = set()
     for document, container in containers(documents):
         asked |= {("ConfigMap", source["configMapRef"]["name"]) for source in container.get("envFrom", [])}
-        asked |= {("Secret", variable["valueFrom"]["secretKeyRef"]["name"])
-                  for variable in container.get("env", []) if "valueFrom" in variable}  # fmt: skip
+        asked |= {
+            ("Secret", variable["valueFrom"]["secretKeyRef"]["name"])
+            for variable in container.get("env", [])
+            if not variable.get("valueFrom", {"secretKeyRef": {"optional": True}})["secretKeyRef"].get("optional")
+        }
         for volume in document["spec"]["template"]["spec"].get("volumes", []):
             for kind, key, name in (
                 ("ConfigMap", "configMap", "name"),
