@@ -53,7 +53,7 @@ class Surroundings:
 
     def are_away(self) -> bool:
         """Ask now, for a step that failed: whether an outage is to blame. One that lasts holds steps back."""
-        if self._answer():
+        if self._answers():
             self._given_up = False
             return time.monotonic() - self._back_at < SETTLE_S
         if self._given_up:
@@ -65,6 +65,14 @@ class Surroundings:
         """Ask no more."""
         self._closed.set()
 
+    def _answers(self) -> bool:
+        """The answer; a question that fails is none."""
+        try:
+            return self._answer()
+        except Exception:
+            log.exception("whether models and artifacts are there is not known")
+            return False
+
     def _begin(self) -> None:
         with self._lock:
             if self._away_since is None:
@@ -74,7 +82,7 @@ class Surroundings:
     def _wait(self) -> None:
         """Ask until there is a yes, or no more patience."""
         began, told = time.monotonic(), False
-        while not self._answer():
+        while not self._answers():
             if not told:
                 told = True
                 log.warning("models or artifacts are away: no job is taken until they are back")
