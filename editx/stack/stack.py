@@ -30,6 +30,8 @@ BUCKET = "editx"
 BROKER_BUCKET = "broker"
 FETCH_WAIT_MS = 20
 """Short, since Tansu answers a waiting fetch late; Apache Kafka answers at once and needs no such setting."""
+IDLE_WAIT_MS = 100
+"""Readers without work would otherwise ask all the time and take more than a core from the models."""
 ORDER = ("store", "disk", "redis", "broker", "triton")
 """The servers as they start. The disk is an S3 server for the broker alone: that one keeps its records nowhere else."""
 PORTS = {"store": 0, "redis": 10, "broker": 11, "triton": 21, "gateway": 30, "disk": 40}
@@ -87,7 +89,7 @@ class Stack:
         keys = f"{servers.ACCESS_KEY}:{servers.SECRET_KEY}"
         waits = (
             f"session_timeout_ms={self.options.session_timeout_ms}&heartbeat_interval_ms=500"
-            f"&max_poll_interval_ms=60000&fetch_max_wait_ms={FETCH_WAIT_MS}"
+            f"&max_poll_interval_ms=60000&fetch_max_wait_ms={FETCH_WAIT_MS}&idle_wait_ms={IDLE_WAIT_MS}"
         )
         return {
             "EDITX_BUS_URL": f"kafka://{at['broker']}?{waits}",

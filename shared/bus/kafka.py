@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -42,13 +43,18 @@ from shared.topology import broker_group
 log = logging.getLogger(__name__)
 JOIN_WAIT_S = 0.5
 POSITION_WAIT_S = 0.05
+IDLE_AFTER_S = 1.0
 NO_HURRY_MS = 250
 """How long a question for records may wait at the broker where they are not urgent."""
 
 
 @dataclass(frozen=True)
 class KafkaSettings:
-    """How long this client waits. They may be given in the URL's query, in milliseconds."""
+    """How long this client waits. They may be given in the URL's query, in milliseconds.
+
+    `idle_wait_ms` is for brokers that need a short `fetch_max_wait_ms`: a reader that got nothing for a second asks no
+    more often than this.
+    """
 
     session_timeout_ms: int = 30_000
     heartbeat_interval_ms: int = 3_000
@@ -57,6 +63,7 @@ class KafkaSettings:
     delivery_timeout_ms: int = 20_000
     commit_timeout_ms: int = 5_000
     fetch_max_wait_ms: int = 250
+    idle_wait_ms: int = 0
     security_protocol: str = "PLAINTEXT"
 
 
@@ -214,6 +221,8 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]
         self._assigned: frozenset[Partition] = frozenset()
         self._closed = False
         self._failure: Exception | None = None
+        self._busy_at = time.monotonic()
+        self._ask_at = 0.0
         try:
             self._consumer = KafkaConsumer(
                 bootstrap_servers=servers,
@@ -239,7 +248,15 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]
 
     def poll(self, timeout_s: float, max_records: int = 1) -> list[Delivery]:
         self._free_parked_records()
-        wait_s = max(timeout_s, self._least_wait_s())
+        wait_s = self._least_wait_s()
+        if not wait_s and self._settings.idle_wait_ms and time.monotonic() - self._busy_at > IDLE_AFTER_S:
+            rest_s = max(self._ask_at - time.monotonic(), 0.0)
+            time.sleep(min(rest_s, timeout_s))
+            if rest_s > timeout_s:
+                return []
+            timeout_s = min(timeout_s, self._settings.fetch_max_wait_ms / 1000)
+            self._ask_at = time.monotonic() + self._settings.idle_wait_ms / 1000
+        wait_s = max(timeout_s, wait_s)
         batches: dict[TopicPartition, list[Any]] = {}
         try:
             batches = self._consumer.poll(timeout_ms=int(wait_s * 1000), max_records=max_records)
@@ -250,6 +267,8 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]
             raise ListenerFailed(
                 f"The reader of {self._group} failed as its partitions changed: {self._failure}."
             ) from self._failure
+        if batches:
+            self._busy_at = time.monotonic()
         return [_delivery(record) for records in batches.values() for record in records]
 
     def commit(self, positions: Mapping[Partition, int]) -> None:

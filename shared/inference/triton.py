@@ -32,7 +32,14 @@ from shared.inference.port import (
 from shared.inference.wire import CALL, SCALARS, Call, level_of, unpack_error
 
 WAKE_S = 0.02
-MESSAGE_BYTES_MAX = 256 << 20
+CHANNEL: Final = (
+    ("grpc.max_receive_message_length", 256 << 20),
+    ("grpc.max_send_message_length", 256 << 20),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+"""A server that comes back is found within seconds; gRPC's own wait grows to two minutes. Calls and questions about
+readiness have the same options, so they share one connection and see the same."""
 _END: Final = object()
 
 
@@ -56,10 +63,9 @@ class TritonInference:
 
     def __init__(self, server: str) -> None:
         self._server = server
-        options = [(f"grpc.max_{way}_message_length", MESSAGE_BYTES_MAX) for way in ("receive", "send")]
-        self._channel = grpc.insecure_channel(server, options=options)
+        self._channel = grpc.insecure_channel(server, options=CHANNEL)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        self._control = InferenceServerClient(server)
+        self._control = InferenceServerClient(server, channel_args=list(CHANNEL))
         self._facts: dict[str, _Facts] = {}
         self._lock = threading.Lock()
         self._ids = itertools.count()

@@ -4,7 +4,9 @@ import time
 import uuid
 
 import pytest
+from kafka import KafkaConsumer
 
+from shared.bus.kafka import connect
 from shared.bus.port import (
     RECORD_BYTES_MAX,
     Bus,
@@ -15,6 +17,7 @@ from shared.bus.port import (
     RecordTooLarge,
     Subscription,
 )
+from tests.fixtures.servers import shared_servers
 
 PATIENCE_S = 45.0
 
@@ -193,3 +196,30 @@ def test_the_bus_answers_a_ping_and_closes_twice(bus: Bus) -> None:
     bus.ping()
     bus.close()
     bus.close()
+
+
+def test_a_reader_without_work_asks_seldom_and_still_gets_what_comes(
+    topic: str, group: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = connect(f"kafka://{shared_servers().kafka}?fetch_max_wait_ms=20&idle_wait_ms=200")
+    bus.create_topics({topic: 1})
+    asked = [0]
+    poll = KafkaConsumer.poll
+
+    def counted(consumer: KafkaConsumer, *arguments: object, **options: object) -> object:
+        asked[0] += 1
+        return poll(consumer, *arguments, **options)
+
+    try:
+        bus.publish(topic, "a", b"first")
+        reader = bus.subscribe([topic], group)
+        assert [record.value for record in read(reader, 1)] == [b"first"]
+        assert read(reader, 1, patience_s=1.5) == []
+        monkeypatch.setattr(KafkaConsumer, "poll", counted)
+        assert read(reader, 1, patience_s=1.0) == []
+        assert 3 <= asked[0] <= 6
+        bus.publish(topic, "a", b"second")
+        assert [record.value for record in read(reader, 1)] == [b"second"]
+        reader.close()
+    finally:
+        bus.close()

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from editx.cli import evaluate
 from editx.cli.app import run
+from services.trainer.evaluate import asking
 from services.trainer.evaluate.remote import Question, Verdict
 from tests.fixtures.gateways import serving
 
@@ -20,6 +20,9 @@ class Judge:
     """Hears what was wanted."""
 
     name = "agreeable"
+
+    def hears(self, task: str) -> bool:
+        return True
 
     def ask(self, question: Question, wav: bytes, source_wav: bytes) -> Verdict:
         assert soundfile.info(io.BytesIO(wav)).frames > 0
@@ -40,7 +43,7 @@ def write_benchmark(folder: Path, count: int) -> Path:
 def test_a_benchmark_runs_by_jobs_and_goes_on(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(evaluate, "_judge", lambda *_: Judge())
+    monkeypatch.setattr(asking, "open_judge", lambda *_, **__: Judge())
     with serving(tiny, tmp_path / "system") as served:
         arguments = ["eval", "run", str(write_benchmark(tmp_path, 2)), "--gateway", served.url, "--iterations", "1",
                      "--workers", "2", "--out", str(tmp_path / "out")]  # fmt: skip
