@@ -11,7 +11,7 @@ import torch
 
 from services.trainer.core.runs import LOG, RunStopped
 from services.trainer.jobs import HELD_OUT_REPORT, Place, carry_out, parse_settings, publish
-from services.trainer.ppo.sources import local_rollouts, local_scorer, pool_models, pool_rollouts, pool_scorer
+from services.trainer.ppo.sources import local_rollouts, local_scorer, pool_models, pool_rollouts, pool_scorer, put_live
 from services.trainer.ppo.trainer import CHECKS_PICTURE
 from services.trainer.settings import TrainerSettings
 from services.trainer.states import States
@@ -54,7 +54,7 @@ class TrainHandler:
         self._settings = settings or TrainerSettings()
 
     def run(self, step: StepContext) -> None:
-        """Train, measure, publish if the gate lets it; writes the measures, the log and its curves."""
+        """Train, measure, publish and put live if the gate lets it; writes the measures, the log and its curves."""
         parameters = step.step.parameters
         settings = parse_settings(parameters["settings"])
         if self._settings.threads:
@@ -82,6 +82,8 @@ class TrainHandler:
                 step.write(name, (folder / "run" / name).read_bytes(), content_type)
         live = publish(settings, measures, folder, self._settings.publish or checkpoints_home())
         if live is not None:
-            step.write("published.json", json.dumps({"name": live.name}).encode(), "application/json")
+            servers = put_live(self._settings, "reward" if parameters["recipe"] == "reward" else "llm")
+            published = {"name": live.name, "servers": servers}
+            step.write("published.json", json.dumps(published).encode(), "application/json")
         self._states.forget(step.job.id)
         shutil.rmtree(folder, ignore_errors=True)

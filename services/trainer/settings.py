@@ -17,6 +17,11 @@ class TrainerSettings(BaseSettings):
     publish: Path | None = Field(
         default=None, description="Folder for published checkpoints; by default where names are looked up."
     )
+    servers: str = Field(
+        default="",
+        description="Servers that load at once what a job published, if that is their checkpoint: triton://host:port, "
+        "several with commas between.",
+    )
     pool: str = Field(
         default="", description="Servers that draw PPO's rollouts: triton://host:port, several with commas between."
     )

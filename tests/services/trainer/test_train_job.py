@@ -12,6 +12,7 @@ from services.trainer.core.configs import parse_assignments, read_config, with_e
 from services.trainer.data.manifest import collect
 from services.trainer.handler import TrainHandler
 from services.trainer.jobs import TrainingSettings, publish
+from services.trainer.ppo import sources
 from services.trainer.ppo.config import PpoConfig
 from services.trainer.reward.trainer import RewardConfig, RewardTrainer
 from services.trainer.settings import TrainerSettings
@@ -48,8 +49,26 @@ def world(tmp_path: Path) -> Iterator[World]:
         thread.join(timeout=20)
 
 
-def handler(world: World, tmp_path: Path, name: str) -> TrainHandler:
-    return TrainHandler(States(world.store), TrainerSettings(runs=tmp_path / name, publish=tmp_path / "live"))
+def handler(world: World, tmp_path: Path, name: str, servers: str = "") -> TrainHandler:
+    settings = TrainerSettings(runs=tmp_path / name, publish=tmp_path / "live", servers=servers)
+    return TrainHandler(States(world.store), settings)
+
+
+class Server:
+    """A model server that notes what it is told to load."""
+
+    def __init__(self, url: str, told: list[tuple[str, str]]) -> None:
+        self.url, self.told = url, told
+
+    def models(self) -> list[dict[str, str]]:
+        model = "reward" if self.url.endswith(":2") else "llm"
+        return [{"name": model, "state": "READY"}, {"name": "tokenizer", "state": ""}]
+
+    def load(self, model: str) -> None:
+        self.told.append((self.url, model))
+
+    def close(self) -> None:
+        pass
 
 
 def submit(world: World, tiny: Path, recipe: str = "sft", rows=ROWS, **changes) -> Job:
@@ -60,13 +79,20 @@ def submit(world: World, tiny: Path, recipe: str = "sft", rows=ROWS, **changes) 
     return publish_step(world.bus, world.jobs, world.jobs.create(accepted.job, accepted.events).job)
 
 
-def test_a_job_trains_measures_and_publishes_behind_its_gate(world: World, tiny: Path, tmp_path: Path) -> None:
+def test_a_job_trains_measures_and_publishes_behind_its_gate(
+    world: World, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, str]] = []
+    monkeypatch.setattr(sources, "open_inference", lambda url, _: Server(url, told))
     held_out = collect("held", [make_row(i) for i in range(60, 63)]).publish(world.store)
-    world.work(handler(world, tmp_path, "a"), lease_s=20.0)
+    world.work(
+        handler(world, tmp_path, "a", "triton://127.0.0.1:1,triton://127.0.0.1:2,triton://127.0.0.1:3"), lease_s=20.0
+    )
     job = world.wait_end(submit(world, tiny, held_out=held_out, publish="better", gate={"loss_gain": 0.5}))
     assert job.state == JobState.DONE, job.error
     assert job.timings[0].metrics["loss_gain"] > 0.5
     assert verify(Checkpoint(tmp_path / "live" / "better")).ok
+    assert told == [("triton://127.0.0.1:1", "llm"), ("triton://127.0.0.1:3", "llm")]  # the second has no such model
     names = {info.key.rsplit("/", 1)[1] for info in world.store.list(f"jobs/{job.id}/")}
     assert names == {"measures.json", "log.jsonl", "curves.png", "published.json"}
     assert not list(world.store.list("training/"))
@@ -74,7 +100,7 @@ def test_a_job_trains_measures_and_publishes_behind_its_gate(world: World, tiny:
 
 def test_a_gate_that_is_not_passed_publishes_nothing(world: World, tiny: Path, tmp_path: Path) -> None:
     held_out = collect("held", [make_row(60)]).publish(world.store)
-    world.work(handler(world, tmp_path, "a"), lease_s=20.0)
+    world.work(handler(world, tmp_path, "a", "triton://127.0.0.1:1"), lease_s=20.0)  # nobody listens, nobody asks
     job = world.wait_end(submit(world, tiny, held_out=held_out, publish="better", gate={"loss_gain": 99.0}))
     assert job.state == JobState.FAILED
     assert job.error is not None
@@ -145,7 +171,7 @@ def test_a_worker_says_which_rollouts_it_does_not_have(
 
 def test_a_judge_needs_a_server_that_decodes_for_it(world: World, tiny: Path, tmp_path: Path) -> None:
     held_out = collect("held", [make_row(60)]).publish(world.store)
-    world.work(handler(world, tmp_path, "a"), lease_s=20.0)
+    world.work(handler(world, tmp_path, "a", "triton://127.0.0.1:1"), lease_s=20.0)  # nobody listens, nobody asks
     scored = with_reward(tiny, tmp_path / "scored")
     job = world.wait_end(submit(world, tiny, "ppo", config={}, reward=str(scored), held_out=held_out, judge="j.json"))
     assert job.error is not None
