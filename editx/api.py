@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
-from editx.embedded import Embedded, check_request, warnings_for
+from editx.embedded import Embedded, check_request
 from shared.artifacts import Tokenized
 from shared.audio.io import Waveform, check_samples, read_audio, write_audio
 from shared.checkpoints.layout import Checkpoint
@@ -156,7 +156,7 @@ class Editor:
             raise
         raise_for(job)
         audio = tuple(read_audio(self.system.store.get(key)) for key in job.result_keys)
-        warnings = (*warnings_for(self.checkpoint, request), *told_by(job))
+        warnings = (*self.checkpoint.metadata.warnings(request.edit), *told_by(job))
         return Result(audio, recording, job, request.seed, time.perf_counter() - began, warnings)
 
     def tokenize(self, source: Source) -> Tokenized:

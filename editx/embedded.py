@@ -28,7 +28,6 @@ from shared.jobs import machine
 from shared.jobs.memory import MemoryJobStore
 from shared.jobs.port import Idempotency, JobStore
 from shared.jobs.sqlite import SqliteJobStore
-from shared.languages import check_language
 from shared.prompts import TextTokenizer, Turn
 from shared.publishing import publish_step
 from shared.retry import RetryPolicy
@@ -184,26 +183,12 @@ def check_request(request: JobRequest, checkpoint: Checkpoint | None = None) -> 
     With a checkpoint, a text that is in none of its languages is refused as well.
     """
     edit = request.edit
-    trained = checkpoint.metadata.trained_on if checkpoint is not None else None
-    if edit is not None and checkpoint is not None and trained is not None:
-        for text in (request.text, edit.target_text):
-            check_language(text or "", trained.languages, checkpoint.metadata.name)
+    if edit is not None and checkpoint is not None:
+        checkpoint.metadata.check_languages(request.text, edit.target_text)
     if edit is not None and edit.detail is not None:
         check_tag(edit.type, edit.detail)
     if edit is not None and edit.target_text is not None:
         check_text_tags(edit.target_text)
-
-
-def warnings_for(checkpoint: Checkpoint, request: JobRequest) -> list[str]:
-    """What a user should know before the job runs: the checkpoint was not trained on what is asked for."""
-    edit, metadata = request.edit, checkpoint.metadata
-    if edit is None or not (untrained := metadata.untrained(edit)):
-        return []
-    known = getattr(metadata.trained_on, edit.type, ())
-    trained = f"It knows {edit.type}: {', '.join(known)}." if known and not isinstance(known, bool) else ""
-    asked = ", ".join(untrained)
-    warning = f"The checkpoint {metadata.name} was not trained on {asked}: it may not do what you ask. {trained}"
-    return [warning.rstrip()]
 
 
 def _models(checkpoint: Checkpoint, device: str) -> dict[str, ModelFactory]:

@@ -15,10 +15,9 @@ from collections import deque
 from shared import outbox, telemetry
 from shared.bus.port import Bus, Delivery, Partition, Subscription
 from shared.checkpoints.layout import Checkpoint
-from shared.errors import EditxError, PermanentError, PoisonError, TransientError, UserError
+from shared.errors import EditxError, PermanentError, PoisonError, TransientError
 from shared.jobs import machine
 from shared.jobs.port import Idempotency, IdempotencyConflict, JobStore
-from shared.languages import check_language
 from shared.publishing import publish_rejection, publish_result, publish_step, publish_unreadable
 from shared.recordings import StoredVoices, uploaded
 from shared.schemas.edit import Edit
@@ -195,13 +194,9 @@ class Intake:
 
 def check_served(request: JobRequest, checkpoint: Checkpoint) -> None:
     """Raise UserError for a text in none of the checkpoint's languages, and for candidates that nobody can judge."""
-    metadata, edit = checkpoint.metadata, request.edit
-    if metadata.trained_on is not None and edit is not None:
-        for text in (request.text, edit.target_text):
-            check_language(text or "", metadata.trained_on.languages, metadata.name)
-    if request.n_best > 1 and not checkpoint.has_reward:
-        raise UserError(f"The checkpoint {metadata.name} has no reward model to choose among candidates.",
-                        "Ask for one (n_best: 1), or serve a checkpoint that has one.", "no_reward_model")  # fmt: skip
+    if request.edit is not None:
+        checkpoint.metadata.check_languages(request.text, request.edit.target_text)
+    checkpoint.metadata.check_candidates(request.n_best, has_reward=checkpoint.has_reward)
 
 
 def _published(edit: Edit) -> Edit:

@@ -15,7 +15,7 @@ from shared import telemetry
 
 log = logging.getLogger(__name__)
 SETTLE_S = 120.0
-"""How long after an outage a failure may still be due to it: gRPC waits up to two minutes before it connects again."""
+"""How long after an outage a failure may still be due to it: clients connect again each at their own pace."""
 
 
 def _always() -> bool:

@@ -156,8 +156,8 @@ class Stack:
         if name == "broker":
             return self._broker(self._port(name))
         if name == "triton":
-            models = [name for service in self._served for name in [SPECS[service].name]]
-            folders = [repository(service) for service in self._served]
+            served = self._served
+            models, folders = [SPECS[service].name for service in served], [repository(service) for service in served]
             return servers.triton(
                 self._port(name) - 1, folders, self.folder, {**self.environment, "EDITX_INFERENCE_URL": ""}, models
             )

@@ -24,7 +24,6 @@ from shared.checkpoints.layout import Metadata
 from shared.errors import UserError
 from shared.jobs import machine
 from shared.jobs.port import Created, Idempotency, JobNotFound, TooManyOpen
-from shared.languages import check_language
 from shared.publishing import publish_step
 from shared.schemas import Job, JobRequest, JobState, new_job_id
 from shared.schemas.request import SEED_MAX
@@ -57,7 +56,7 @@ class Submission:
         Raises UserError for a tag or language that the checkpoint cannot do, Unprocessable for what does not fit.
         """
         body = self.body
-        check_languages(metadata, body.text or self.recording.text, body.target_text)
+        metadata.check_languages(body.text or self.recording.text, body.target_text)
         changes: dict[str, Any] = {}
         if body.detail is not None and body.type in ("emotion", "style", "speed"):
             changes["detail"] = check_tag(body.type, body.detail)
@@ -68,13 +67,6 @@ class Submission:
             return job_request(body.model_copy(update=changes), body.text or self.recording.text, seed)
         except ValidationError as error:
             raise Unprocessable.from_validation(error) from error
-
-
-def check_languages(metadata: Metadata, *texts: str | None) -> None:
-    """Raise UserError for a text in none of the checkpoint's languages."""
-    if metadata.trained_on is not None:
-        for text in texts:
-            check_language(text or "", metadata.trained_on.languages, metadata.name)
 
 
 def idempotency_key(header: str | None) -> str | None:
@@ -96,9 +88,7 @@ def accept(gateway: Gateway, principal: Principal, submission: Submission, key: 
     Raises UserError, IdempotencyConflict, TooMuch, TransientError.
     """
     backend, request = gateway.backend, submission.request(gateway.backend.metadata)
-    if request.n_best > 1 and not backend.has_reward:
-        raise UserError(f"The checkpoint {backend.metadata.name} has no reward model to choose among candidates.",
-                        "Ask for one (n_best: 1), or serve a checkpoint that has one.", "no_reward_model")  # fmt: skip
+    backend.metadata.check_candidates(request.n_best, has_reward=backend.has_reward)
     if request.webhook_url is not None:
         gateway.webhooks.check(request.webhook_url, principal.webhook_secret)
     move = machine.accept(
@@ -233,17 +223,9 @@ def view(gateway: Gateway, job: Job) -> JobView:
             for timing in job.timings
         ],
         error=None if job.error is None else JobProblem.model_validate(job.error.model_dump(exclude={"dead_letter"})),
-        warnings=warnings(gateway.backend.metadata, request),
+        warnings=gateway.backend.metadata.warnings(request.edit),
         trace_id=trace[1] if len(trace) == 4 else None,
     )
-
-
-def warnings(metadata: Metadata, request: JobRequest) -> list[str]:
-    """What the owner should know: the checkpoint was not trained on what is asked for."""
-    untrained = [] if request.edit is None else metadata.untrained(request.edit)
-    if not untrained:
-        return []
-    return [f"The checkpoint {metadata.name} was not trained on {', '.join(untrained)}; it may not do what you ask."]
 
 
 def _ready(job: Job) -> Sequence[str]:

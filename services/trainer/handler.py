@@ -11,7 +11,8 @@ import torch
 
 from services.trainer.core.runs import LOG, RunStopped
 from services.trainer.jobs import HELD_OUT_REPORT, Place, carry_out, parse_settings, publish
-from services.trainer.ppo.sources import local_rollouts, local_scorer, pool_models, pool_rollouts, pool_scorer, put_live
+from services.trainer.live import put_live
+from services.trainer.ppo.sources import local_rollouts, local_scorer, pool_models, pool_rollouts, pool_scorer
 from services.trainer.ppo.trainer import CHECKS_PICTURE
 from services.trainer.settings import TrainerSettings
 from services.trainer.states import States

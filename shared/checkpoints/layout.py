@@ -17,7 +17,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared.errors import MissingComponent, UserError, reasons
-from shared.languages import OF_TAGS
+from shared.languages import OF_TAGS, check_language
 from shared.schemas.edit import Edit
 from shared.tags import bracketed_tags, check_text_tags
 
@@ -111,6 +111,29 @@ class Metadata(BaseModel):
             return [str(edit)]
         tags = dict.fromkeys(bracketed_tags(check_text_tags(edit.target_text or "")))
         return [f"[{tag}]" for tag in tags if not self._knows_tag(self.trained_on, tag)]
+
+    def warnings(self, edit: Edit | None) -> list[str]:
+        """What a user should know of an edit: that the checkpoint was not trained on it, and on what instead."""
+        if edit is None or not (untrained := self.untrained(edit)):
+            return []
+        known = getattr(self.trained_on, edit.type, ())
+        trained = f"It knows {edit.type}: {', '.join(known)}." if known and not isinstance(known, bool) else ""
+        asked = ", ".join(untrained)
+        warning = f"The checkpoint {self.name} was not trained on {asked}: it may not do what you ask. {trained}"
+        return [warning.rstrip()]
+
+    def check_languages(self, *texts: str | None) -> None:
+        """Raise UserError for a text in none of the checkpoint's languages."""
+        if self.trained_on is not None:
+            for text in texts:
+                check_language(text or "", self.trained_on.languages, self.name)
+
+    def check_candidates(self, count: int, *, has_reward: bool) -> None:
+        """Raise UserError for several candidates where no reward model chooses among them."""
+        if count > 1 and not has_reward:
+            raise UserError(f"The checkpoint {self.name} has no reward model to choose among candidates.",
+                            "Ask for one (n_best: 1), or serve a checkpoint that has one.",
+                            "no_reward_model")  # fmt: skip
 
     def _knows_tag(self, trained_on: TrainedOn, tag: str) -> bool:
         if (language := OF_TAGS.get(tag)) is not None:

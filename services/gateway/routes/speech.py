@@ -22,7 +22,6 @@ from services.gateway.recordings import Received
 from services.gateway.schemas import Recording, SpeechBody
 from services.gateway.speech import SAMPLE_RATE_HZ, Samples, Words, speak
 from services.gateway.streaming import Streamed
-from services.gateway.submission import check_languages
 from services.gateway.threads import blocking
 from shared.errors import EditxError, UserError
 from shared.inference.port import InferenceUnavailable, RequestCancelled, UnknownModel
@@ -50,7 +49,7 @@ async def create_speech(body: SpeechBody, gateway: GatewayOf, principal: PayingC
     `stream_format: sse` it is events of base64 audio.
     """
     _refuse_what_is_missing(gateway, body)
-    check_languages(gateway.backend.metadata, body.input)
+    gateway.backend.metadata.check_languages(body.input)
     encoder = encoding.encoder(body.response_format, SAMPLE_RATE_HZ)
     if gateway.speaking.locked():
         gateway.metrics.refused.labels("speech").inc()

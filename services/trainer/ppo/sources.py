@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 from urllib.parse import urlsplit
 
 import torch
@@ -100,28 +100,3 @@ def addresses(pool: str) -> list[str]:
         sockets = [cast(tuple[str, int], address) for *_, address in known]
         found += [f"{parts.scheme}://{host}:{port}" for host, port in sockets]
     return list(dict.fromkeys(found))
-
-
-class ModelServer(Protocol):
-    """A model server as an operator sees it."""
-
-    def models(self) -> list[dict[str, str]]: ...
-    def load(self, model: str) -> None: ...
-    def close(self) -> None: ...
-
-
-def put_live(settings: TrainerSettings, model: str) -> int:
-    """Have those servers at EDITX_TRAINER_SERVERS that serve the model load it anew, while calls go on; how many did.
-
-    Raises InferenceUnavailable for one that does not answer or cannot load it.
-    """
-    loaded = 0
-    for url in addresses(settings.servers):
-        server = cast(ModelServer, open_inference(url, {}))
-        try:
-            if any(found["name"] == model and found["state"] == "READY" for found in server.models()):
-                server.load(model)
-                loaded += 1
-        finally:
-            server.close()
-    return loaded

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from services.trainer import live
 from services.trainer.core.configs import parse_assignments, read_config, with_entries
 from services.trainer.data.manifest import collect
 from services.trainer.handler import TrainHandler
 from services.trainer.jobs import TrainingSettings, publish
-from services.trainer.ppo import sources
 from services.trainer.ppo.config import PpoConfig
 from services.trainer.reward.trainer import RewardConfig, RewardTrainer
 from services.trainer.settings import TrainerSettings
@@ -83,7 +83,7 @@ def test_a_job_trains_measures_and_publishes_behind_its_gate(
     world: World, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[tuple[str, str]] = []
-    monkeypatch.setattr(sources, "open_inference", lambda url, _: Server(url, told))
+    monkeypatch.setattr(live, "open_inference", lambda url, _: Server(url, told))
     held_out = collect("held", [make_row(i) for i in range(60, 63)]).publish(world.store)
     world.work(
         handler(world, tmp_path, "a", "triton://127.0.0.1:1,triton://127.0.0.1:2,triton://127.0.0.1:3"), lease_s=20.0
