@@ -51,10 +51,7 @@ def draw_histograms(groups: Mapping[str, Sequence[float]], target: Path, title: 
     if pyplot is None or not any(len(values) for values in groups.values()):
         return
     figure, axis = pyplot.subplots(figsize=(6, 3.2))
-    everything = [value for values in groups.values() for value in values]
-    span = (min(everything) - 1e-3, max(everything) + 1e-3)  # equal values still need an axis
-    for name, values in groups.items():
-        axis.hist(values, bins=bins, range=span, alpha=0.55, label=f"{name} ({len(values)})")
+    _distributions(axis, groups, bins)
     axis.set_title(title, fontsize=10)
     axis.legend(fontsize=8)
     _save(pyplot, figure, target)
@@ -94,8 +91,7 @@ def draw_overview(
         axis.tick_params(axis="x", labelrotation=30, labelsize=7)
         axis.set_title(f"{name} ({len(largest)} of {len(values)})", fontsize=9)
     for axis, (name, groups) in zip(list(axes.flat)[len(bars) :], drawn.items(), strict=True):
-        for label, points in groups.items():
-            axis.hist(points, bins=20, alpha=0.55, label=f"{label} ({len(points)})")
+        _distributions(axis, groups, bins=20)
         axis.legend(fontsize=7)
         axis.set_title(name, fontsize=9)
     figure.suptitle(title, fontsize=10)
@@ -119,6 +115,13 @@ def draw_series(
     axis.set_title(title, fontsize=10)
     axis.legend(fontsize=8)
     _save(pyplot, figure, target)
+
+
+def _distributions(axis: Any, groups: Mapping[str, Sequence[float]], bins: int) -> None:
+    everything = [value for values in groups.values() for value in values]
+    span = (min(everything) - 1e-3, max(everything) + 1e-3)  # equal values still need an axis
+    for name, values in groups.items():
+        axis.hist(values, bins=bins, range=span, alpha=0.55, label=f"{name} ({len(values)})")
 
 
 def _save(pyplot: Any, figure: Any, target: Path) -> None:

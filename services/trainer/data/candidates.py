@@ -25,14 +25,13 @@ from services.trainer.data.records import checked, records
 from services.trainer.data.rows import Row
 from services.trainer.evaluate.hearing import HIGHEST, labels_of, question_about, share_of, speak_source
 from services.trainer.evaluate.remote import Judge
-from services.trainer.evaluate.system import PortSystem
+from services.trainer.evaluate.system import SEED_STRIDE, PortSystem
 from shared.audio.io import write_audio
 from shared.codes import GROUP
 from shared.errors import PermanentError, UserError
 from shared.schemas.edit import Edit
 
 CANDIDATES = "candidates.jsonl"
-SEED_STRIDE = 1_000_003
 Progress = Callable[[float, str], None]
 
 
