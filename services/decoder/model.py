@@ -132,6 +132,8 @@ class DecoderModel:
             raise UserError("There are no audio tokens to decode.", "Send at least one group of five.", "no_tokens")
         reference = token_pairs(prompt).to(self.device)
         stretched = stretch_prompt_mel(mel.to(self.device), len(reference), self.flow.frames_per_token)
+        if (longest := sizes.longest_reference) is not None:
+            reference, stretched = reference[:longest], stretched[: longest * self.flow.frames_per_token]
         return _Job(
             torch.cat([reference, token_pairs(mixed).to(self.device)]),
             Voice(reference, stretched, speaker.to(self.device)),

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from services.llm.sampling import audible_share, length_bounds
+from services.llm.sampling import audible_share, groups_without_pauses, length_bounds
 from shared.artifacts import Generated, Tokenized
 from shared.codes import GROUP, GROUP_S
 from shared.errors import PermanentError
@@ -48,7 +48,10 @@ class GenerateHandler:
         step.progress(0.05, "writing audio tokens")
         count, groups, longest_s = int(parameters["n_best"]), len(source.mixed) // GROUP, parameters["max_duration_s"]
         audible = audible_share(source.prompt_mel)
-        bounds = length_bounds(edit, groups, parameters["text"], audible=audible, max_duration_s=longest_s)
+        left = groups_without_pauses(source.prompt_mel, groups)
+        bounds = length_bounds(
+            edit, groups, parameters["text"], audible=audible, unpaused_groups=left, max_duration_s=longest_s
+        )
         began = time.perf_counter()
         seeds = [(int(parameters["seed"]) + number * SEED_STRIDE) % (SEED_MAX + 1) for number in range(count)]
         found = self._generate_all(step, prompt, seeds, bounds)

@@ -159,6 +159,8 @@ _BOUNDS = {
     "clone": (0.3, 3.0, 17),
 }
 GROUPS_PER_SOUND = 17
+PAUSE_GROUPS = 3
+"""A pause is 0.36 s or longer."""
 GROUPS_PER_UNIT = 0.2 / GROUP_S
 _WIDE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\d")
 _LETTER = re.compile(r"[^\W\d_]")
@@ -176,21 +178,35 @@ def audible_share(mel: npt.NDArray[np.float32]) -> float:
     """Share of a recording's frames, (frames, bins) of log mel, that lie above a third of the way from its quiet to its
     loud ones: less than the share of its speech, whatever the level of its noise.
     """
-    if not len(mel):
-        return 0.0
+    return float(_heard(mel).mean()) if len(mel) else 0.0
+
+
+def _heard(mel: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
     levels = mel.max(1)
     quiet, loud = np.percentile(levels, [5, 95])
-    return float((levels > quiet + (loud - quiet) / 3).mean())
+    found: npt.NDArray[np.bool_] = levels > quiet + (loud - quiet) / 3
+    return found
+
+
+def groups_without_pauses(mel: npt.NDArray[np.float32], groups: int) -> int:
+    """How many of a recording's groups are left when each of its pauses, where nothing can be heard in PAUSE_GROUPS
+    groups or more, is cut to one. `mel` (frames, bins) of the recording is spread over the groups."""
+    heard = np.zeros(groups, bool)
+    if len(mel):
+        heard[(np.flatnonzero(_heard(mel)) * groups // len(mel))] = True
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], ~heard, [False]]).astype(int))).reshape(-1, 2)
+    return groups - sum(int(stop - start) - 1 for start, stop in edges if stop - start >= PAUSE_GROUPS)
 
 
 def length_bounds(
     edit: Edit, source_groups: int, source_text: str | None = None, *, audible: float = 0.0,
-    max_duration_s: float | None = None,
+    unpaused_groups: int | None = None, max_duration_s: float | None = None,
 ) -> tuple[int, int]:  # fmt: skip
     """The fewest and most groups that the result of an edit may have, from the source's length and the kind of edit.
 
     A clone's length is guessed from the two texts and the speed of the reference. Sounds asked for in [tags] add room.
-    Vad keeps at least what can be heard (`audible_share`), so that it does not end in a pause with speech behind it.
+    Vad keeps at least what can be heard (`audible_share`), so that it does not end in a pause with speech behind it,
+    and little more than is left without the pauses (`groups_without_pauses`): what would follow is made up.
     `max_duration_s` caps both. Bounds are wide: they stop a runaway, they do not shape the result.
     """
     key = f"{edit.type} {edit.detail}" if edit.type == "speed" else edit.type
@@ -204,6 +220,8 @@ def length_bounds(
         shorter = max(shorter, audible)
     extra += GROUPS_PER_SOUND * len(bracketed_tags(edit.target_text or ""))
     fewest, most = max(1, int(expected * shorter)), int(expected * longer) + extra
+    if edit.type == "vad" and unpaused_groups is not None:
+        most = max(fewest, min(most, int(unpaused_groups * longer) + PAUSE_GROUPS))
     if max_duration_s is not None:
         most = max(1, min(most, int(max_duration_s / GROUP_S)))
     return min(fewest, most), most

@@ -4,9 +4,10 @@ Knows the estimator and nothing about tokens, speakers or audio. (Flow matching:
 arXiv 2207.12598.)
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,12 @@ class Conditions(NamedTuple):
     speaker: Tensor  # (B, 80)
     cond: Tensor  # (B, T, 80), the mel of the reference in its frames, zeros elsewhere
 
+    def expected(self) -> Tensor:
+        """The best guess of the mel before anything is drawn, (B, T, 80) float32: the reference's own where it is
+        given, else the rough mel."""
+        given = self.cond.any(-1, keepdim=True)
+        return torch.where(given, self.cond, self.mu).float()
+
     def with_unconditional(self) -> "Conditions":
         """Twice the batch: the second half knows nothing."""
         return Conditions(*(torch.cat([part, torch.zeros_like(part)]) for part in self))
@@ -29,6 +36,38 @@ class Conditions(NamedTuple):
     def dropped(self, keep: Tensor) -> "Conditions":
         """Zeros for the members of the batch whose `keep` (B,) is false."""
         return Conditions(self.mu * keep[:, None, None], self.speaker * keep[:, None], self.cond * keep[:, None, None])
+
+
+@dataclass(frozen=True)
+class RoughGuidance:
+    """Holds the way to the mel to the rough mel, for small estimators that lose words which the codes still have.
+
+    Before time `until`, what the estimator expects at the end takes over the rough mel's course along the mel bins, as
+    a Gaussian of `width` bins sees it; what is finer, and every later step, is the estimator's own. (Iterative latent
+    variable refinement, arXiv 2108.02938.) Frames do not mix, so a stream gives what one pass gives.
+    """
+
+    width: float
+    until: float
+
+    def __post_init__(self) -> None:
+        if self.width <= 0 or not 0 < self.until < 1:
+            raise ValueError(f"rough guidance needs a width above 0 and a time between 0 and 1, not {self}")
+
+    def correction(self, guess: Tensor, expected: Tensor) -> Tensor:
+        """What to add to a guess of the mel (B, T, C), given the expected one of the same shape."""
+        return (expected - guess) @ _smoothing(self.width, guess.shape[-1]).to(guess)
+
+
+@lru_cache(maxsize=8)
+def _smoothing(width: float, bins: int) -> Tensor:
+    """(bins, bins), by which a mel is multiplied to smooth it along its bins; the outermost bins go on beyond the
+    edge."""
+    offsets = torch.arange(-math.ceil(4 * width), math.ceil(4 * width) + 1)
+    weights = torch.exp(-0.5 * (offsets / width) ** 2)
+    places = (torch.arange(bins)[:, None] + offsets).clamp(0, bins - 1)
+    rows = torch.zeros(bins, bins).scatter_add_(1, places, (weights / weights.sum()).expand(bins, -1))
+    return rows.T.contiguous()
 
 
 @dataclass(frozen=True)
@@ -70,10 +109,11 @@ def _doubled(mask: Tensor | None) -> Tensor | None:
 class CFM(nn.Module):
     """The estimator with an Euler solver and classifier-free guidance."""
 
-    def __init__(self, estimator: DiT, cfg_rate: float) -> None:
+    def __init__(self, estimator: DiT, cfg_rate: float, rough: RoughGuidance | None = None) -> None:
         super().__init__()
         self.estimator = estimator
         self.cfg_rate = cfg_rate
+        self.rough = rough
 
     def forward(
         self,
@@ -128,6 +168,7 @@ class CFM(nn.Module):
     ) -> Tensor:
         rate = self._rate(cfg_rate)
         told = conditions.with_unconditional() if rate > 0 else conditions
+        expected = None if self.rough is None else conditions.expected()
         x, times = noise.float(), time_grid(steps, noise.device)
         for step in range(steps):
             if rate > 0:
@@ -135,6 +176,9 @@ class CFM(nn.Module):
                 slope = (1 + rate) * towards - rate * away
             else:
                 slope = velocity(step, x, times[step : step + 1], told)
+            if self.rough is not None and expected is not None and times[step] < self.rough.until:
+                left = 1 - times[step]
+                slope = slope + self.rough.correction(x + left * slope, expected) / left
             x = x + (times[step + 1] - times[step]) * slope
         return x
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.models.flow.cfm import CFM, Conditions, FlowTraining, masked_error
+from shared.models.flow.cfm import CFM, Conditions, FlowTraining, RoughGuidance, masked_error
 from shared.models.flow.dit import DiT, DiTConfig
 from shared.models.flow.embedding import DualCodebookEmbedding
 from shared.models.flow.encoder import Encoder, EncoderConfig
@@ -30,7 +30,11 @@ Config = TypeVar("Config", EncoderConfig, DiTConfig)
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Sizes of the flow; the defaults are those of the published checkpoint."""
+    """Sizes of the flow; the defaults are those of the published checkpoint.
+
+    `rough` and `longest_reference` are this project's and absent from a published configuration: how sampling is held
+    to the rough mel, and how many token pairs of a reference the flow reads at most, None for all.
+    """
 
     input_size: int = 512
     output_size: int = 80
@@ -39,6 +43,8 @@ class FlowConfig:
     cfg_rate: float = 0.7
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     estimator: DiTConfig = field(default_factory=DiTConfig)
+    rough: RoughGuidance | None = None
+    longest_reference: int | None = None
 
     @classmethod
     def from_dict(cls, section: Mapping[str, Any]) -> Self:
@@ -51,11 +57,16 @@ class FlowConfig:
             raise ValueError("flow.encoder.up_scale_factor differs from up_stride; they must be equal")
         sizes = ("input_size", "output_size", "spk_embed_dim", "vocab_size")
         own = {name: section[name] for name in sizes if name in section}
+        rough, longest = decoder.get("rough_guidance"), section.get("longest_reference")
+        if longest is not None and int(longest) < 1:
+            raise ValueError(f"flow.longest_reference is {longest}; it must be at least 1")
         return cls(
             **own,
             cfg_rate=float(decoder.get("inference_cfg_rate", cls.cfg_rate)),
             encoder=_pick(EncoderConfig, encoder),
             estimator=_pick(DiTConfig, decoder.get("estimator", {})),
+            rough=None if rough is None else RoughGuidance(float(rough["width"]), float(rough["until"])),
+            longest_reference=None if longest is None else int(longest),
         )
 
 
@@ -88,7 +99,7 @@ class Flow(nn.Module):
         self.spk_embed_affine_layer = nn.Linear(config.spk_embed_dim, config.output_size)
         self.encoder = Encoder(config.encoder)
         self.encoder_proj = nn.Linear(config.encoder.output_size, config.output_size)
-        self.decoder = CFM(DiT(config.estimator), config.cfg_rate)
+        self.decoder = CFM(DiT(config.estimator), config.cfg_rate, config.rough)
 
     @property
     def frames_per_token(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 from services.decoder import model as module
 from services.decoder.model import DecoderModel, _batches
 from services.decoder.settings import DecoderSettings
+from services.decoder.streaming import stretch_prompt_mel
 from shared.errors import UserError
 from shared.inference.port import DeadlineExceeded, InferenceRequest, InferenceUnavailable, RequestCancelled
 from tests.services.decoder.conftest import GOLDEN
@@ -57,6 +58,20 @@ def test_the_seed_decides_the_audio(model: DecoderModel, asked: InferenceRequest
     first, again, other = (audio(model.infer([changed(asked, seed=seed)])[0]) for seed in (1, 1, 2))
     assert np.array_equal(first, again)
     assert not np.allclose(first, other)
+
+
+def test_no_more_of_a_reference_is_read_than_the_flow_wants(
+    model: DecoderModel, asked: InferenceRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = dict(asked.inputs)
+    cut["prompt_mixed"] = cut["prompt_mixed"][:20]
+    pairs = len(asked.inputs["prompt_mixed"]) // 5 * 3
+    mel = stretch_prompt_mel(torch.from_numpy(np.array(cut["prompt_mel"], np.float32)), pairs, 2)
+    assert pairs > 12
+    cut["prompt_mel"] = mel[:24].numpy()
+    short = audio(model.infer([changed(replace(asked, inputs=cut), steps=2)])[0])
+    monkeypatch.setattr(model.flow, "config", replace(model.flow.config, longest_reference=12))
+    assert np.array_equal(audio(model.infer([changed(asked, steps=2)])[0]), short)
 
 
 def test_a_group_cut_short_is_filled(model: DecoderModel, asked: InferenceRequest) -> None:

@@ -12,6 +12,7 @@ from services.llm.sampling import (
     SamplingSettings,
     audible_share,
     find_loop,
+    groups_without_pauses,
     length_bounds,
     speech_units,
 )
@@ -150,7 +151,17 @@ def test_vad_keeps_what_can_be_heard_and_no_more() -> None:
     assert audible_share(np.zeros((0, 80), np.float32)) == 0.0
     assert length_bounds(Edit(type="vad"), 100, audible=0.6)[0] == 60
     assert length_bounds(Edit(type="vad"), 100)[0] == 10
+    assert length_bounds(Edit(type="vad"), 100, audible=0.6, unpaused_groups=70) == (60, 80)
     assert length_bounds(Edit(type="denoise"), 100, audible=0.9) == length_bounds(Edit(type="denoise"), 100)
+
+
+def test_pauses_are_cut_to_one_group_in_what_vad_may_leave() -> None:
+    level = np.full((120, 80), -11.0, np.float32)  # 20 groups of six frames
+    level[:30] = level[60:84] = level[96:120] = -2.0
+    assert groups_without_pauses(level, 20) == 20 - 4, "five silent groups; two are no pause"
+    assert groups_without_pauses(level[::2], 20) == 16, "a mel of another length is spread over the groups"
+    assert groups_without_pauses(np.full((6, 80), -2.0, np.float32), 1) == 1
+    assert groups_without_pauses(np.zeros((0, 80), np.float32), 0) == 0
 
 
 def groups_of(semantic: np.ndarray) -> np.ndarray:

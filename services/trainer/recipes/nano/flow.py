@@ -23,7 +23,7 @@ from torch import Tensor
 
 from services.trainer.recipes.nano import linguistic, mels, perturbed, semantic, sounds
 from services.trainer.recipes.nano.codes import Coded, Item
-from services.trainer.recipes.nano.run import Optimizer, Run, cosine, count_parameters, pick_device, set_lr
+from services.trainer.recipes.nano.run import Optimizer, Run, cosine, count_parameters, pick_device, products, set_lr
 from services.trainer.recipes.nano.teacher import SAMPLE_RATE_HZ
 from shared.audio.features import prompt_mel
 from shared.codes import LINGUISTIC_PAD, LINGUISTIC_SIZE, SEMANTIC_SIZE, interleave, time_align
@@ -35,6 +35,7 @@ SECTION: dict[str, Any] = {
     "output_size": 80,
     "spk_embed_dim": 192,
     "vocab_size": 5121,
+    "longest_reference": 30,
     "encoder": {
         "input_size": 256, "output_size": 256, "pre_lookahead_len": 3, "num_blocks": 3, "num_up_blocks": 2,
         "up_stride": 2, "up_scale_factor": 2, "attention_heads": 4, "key_bias": True, "linear_units": 768,
@@ -42,6 +43,7 @@ SECTION: dict[str, Any] = {
     },
     "decoder": {
         "inference_cfg_rate": 1.2,
+        "rough_guidance": {"width": 8.0, "until": 0.8},
         "estimator": {
             "in_channels": 320, "out_channels": 80, "mlp_ratio": 3.0, "depth": 6, "num_heads": 4, "head_dim": 56,
             "hidden_size": 224,
@@ -189,7 +191,7 @@ def main() -> None:
     while run.going:
         pairs, lengths, mel, mel_lengths, speaker = (x.to(device) for x in batches.draw(run.rng()))
         set_lr(optimizer, cosine(run.step, run.steps, recipe.lr, recipe.final_lr, warmup=200))
-        with torch.autocast(device.type, torch.bfloat16):
+        with products(device):
             loss = flow.loss(pairs, lengths, mel, mel_lengths, speaker, dials=DIALS)
         optimizer.zero_grad()
         loss.total.backward()

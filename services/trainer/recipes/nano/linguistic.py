@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from services.trainer.recipes.nano import augment
 from services.trainer.recipes.nano.features import Store
 from services.trainer.recipes.nano.quantizer import Codebook
-from services.trainer.recipes.nano.run import Optimizer, Run, cosine, count_parameters, pick_device, set_lr
+from services.trainer.recipes.nano.run import Optimizer, Run, cosine, count_parameters, pick_device, products, set_lr
 from services.trainer.recipes.nano.teacher import PHONEME_FRAME_S
 from shared.audio.features import linguistic_features
 from shared.models.linguistic import LinguisticConfig, LinguisticEncoder
@@ -185,7 +185,7 @@ def main() -> None:
             fit_codebook(model, batches, device)
         audio, target, labels = (x.to(device) for x in batches.draw(run.rng()))
         set_lr(optimizer, cosine(run.step, run.steps, recipe.lr, recipe.final_lr))
-        with torch.autocast(device.type, torch.bfloat16):
+        with products(device):
             losses = model(audio, target, labels, run.step >= threshold)
         total = losses["teacher"] + 0.5 * losses["phoneme"] + 0.25 * losses["commitment"]
         optimizer.zero_grad()

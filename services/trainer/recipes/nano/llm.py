@@ -38,7 +38,7 @@ from services.trainer.recipes.nano import (
     texts,
 )
 from services.trainer.recipes.nano.codes import VARIANTS, Coded, Item
-from services.trainer.recipes.nano.run import Optimizer, Run, cosine, count_parameters, pick_device, set_lr
+from services.trainer.recipes.nano.run import Optimizer, Run, cosine, count_parameters, pick_device, products, set_lr
 from shared.codes import GROUP, LINGUISTIC_SIZE, interleave
 from shared.models.step1 import Step1, Step1Config
 from shared.models.step1_attention import Attend
@@ -486,7 +486,7 @@ def main() -> None:
     while run.going:
         batch = Batch(*(part.to(device) for part in examples.batch(run.rng(), run.step / run.steps)))
         set_lr(optimizer, cosine(run.step, run.steps, recipe.lr, recipe.final_lr, warmup=150))
-        with torch.autocast(device.type, torch.bfloat16):
+        with products(device):
             losses = loss_of(model, tokenizer.audio_offset, batch, recipe.shown_weight)
         optimizer.zero_grad()
         losses["loss"].backward()

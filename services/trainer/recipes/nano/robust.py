@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from services.trainer.recipes.nano import assets, augment, semantic
 from services.trainer.recipes.nano.export import write_sums
 from services.trainer.recipes.nano.features import corpus_rows
-from services.trainer.recipes.nano.run import Optimizer, Run, cosine, pick_device, set_lr
+from services.trainer.recipes.nano.run import Optimizer, Run, cosine, pick_device, products, set_lr
 from shared.audio.features import linguistic_features, linguistic_frames, whisper_log_mel
 from shared.audio.signal import TOKEN_PEAK, through_pcm16
 from shared.checkpoints.export import export_semantic_onnx, import_semantic_onnx, save_linguistic
@@ -269,7 +269,7 @@ def losses(student: Tokenizer, lesson: Lesson, recipe: RobustRecipe) -> dict[str
     variance, and the share of equal codes on clean and on degraded rows."""
     with torch.no_grad():
         features = student.features(lesson.heard, lesson.lengths)
-    with torch.autocast(lesson.heard.device.type, torch.bfloat16):
+    with products(lesson.heard.device):
         found = student.vectors(features, lesson.lengths)
     known = lesson.codes >= 0
     found, wanted, codes = found.float()[known], lesson.vectors[known], lesson.codes[known]

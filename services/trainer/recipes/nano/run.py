@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from services.trainer.recipes.nano import assets
+from shared.checkpoints.step1 import default_dtype
 
 TRAINED = ("linguistic", "speaker", "semantic", "flow", "vocoder", "llm")
 """The trainings of the small checkpoint, in order."""
@@ -26,6 +27,12 @@ TRAINED = ("linguistic", "speaker", "semantic", "flow", "vocoder", "llm")
 def pick_device() -> torch.device:
     """The GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def products(device: torch.device) -> torch.autocast:
+    """The context of a forward pass: matrix products in bfloat16 where the device has instructions for them, else in
+    float32, which a CPU without them does a hundred times faster."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=default_dtype(device) == torch.bfloat16)
 
 
 def cosine(step: int, total: int, peak: float, final: float, warmup: int = 100) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from services.trainer.recipes.nano import augment, linguistic
 from services.trainer.recipes.nano.features import Store
 from services.trainer.recipes.nano.quantizer import Codebook
-from services.trainer.recipes.nano.run import Optimizer, Run, cosine, count_parameters, pick_device, set_lr
+from services.trainer.recipes.nano.run import Optimizer, Run, cosine, count_parameters, pick_device, products, set_lr
 from shared.audio.features import prompt_mel, whisper_log_mel
 from shared.models.linguistic import nearest
 from shared.models.semantic import SemanticConfig, SemanticEncoder
@@ -190,7 +190,7 @@ def main() -> None:
         set_lr(optimizer, cosine(run.step, run.steps, recipe.lr, recipe.final_lr))
         with torch.no_grad():
             feats, mel, known = whisper_log_mel(heard), prompt_mel(clean), units(heard).clone()
-        with torch.autocast(device.type, torch.bfloat16):
+        with products(device):
             losses = model(feats, known, mel, target, run.step >= recipe.quantize_from)
         total = (
             losses["mel"]

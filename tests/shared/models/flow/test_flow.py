@@ -75,6 +75,57 @@ def test_bfloat16_stays_near_float32(flow: Flow, golden: dict[str, Tensor]) -> N
     assert (sample(half, golden) - golden["mel"]).abs().mean() < 0.02
 
 
+@pytest.fixture
+def held(config: dict[str, Any], flow: Flow) -> Flow:
+    """The golden flow, held to its rough mel."""
+    section = copy.deepcopy(config["flow"])
+    section["decoder"]["rough_guidance"] = {"width": 6, "until": 0.8}
+    model = Flow(FlowConfig.from_dict(section)).eval()
+    model.load_state_dict(flow.state_dict())
+    return model
+
+
+def test_rough_guidance_gives_the_mel_the_rough_mels_course_along_the_bins(
+    flow: Flow, held: Flow, golden: dict[str, Tensor]
+) -> None:
+    """Measured: a quarter of the distance between coarse courses is left, of that between fine ones nearly all."""
+    with torch.inference_mode():
+        rough = flow.encode(golden["all_tokens"][None], torch.tensor([len(golden["all_tokens"])]))
+    rough = rough[0, len(golden["prompt_mel"]) :]
+
+    def coarse(mel: Tensor) -> Tensor:
+        return mel.unflatten(-1, (5, 16)).mean(-1)
+
+    def fine(mel: Tensor) -> Tensor:
+        return mel.diff(dim=-1)
+
+    free, bound = sample(flow, golden), sample(held, golden)
+    assert (coarse(bound) - coarse(rough)).abs().mean() < 0.5 * (coarse(free) - coarse(rough)).abs().mean()
+    assert (fine(bound) - fine(rough)).abs().mean() > 0.8 * (fine(free) - fine(rough)).abs().mean()
+
+
+def test_rough_guidance_keeps_a_batch_equal_to_single_runs(held: Flow, golden: dict[str, Tensor]) -> None:
+    tokens, prompt_mel, speaker = golden["all_tokens"], golden["prompt_mel"], golden["speaker"]
+    lengths, prompts = torch.tensor([len(tokens), len(tokens) - 9]), torch.tensor([len(prompt_mel), 0])
+    noise = flow_noise(1, 2 * len(tokens)).expand(2, -1, -1)
+    pair = (tokens.expand(2, -1, -1), lengths, prompt_mel.expand(2, -1, -1), prompts, speaker.expand(2, -1))
+    batch = held.sample(*pair, noise, steps=3)
+    short = int(lengths[1])
+    alone = held.sample(
+        tokens[None, :short], lengths[1:], prompt_mel[None, :0], prompts[1:], speaker[None], noise[1:, : 2 * short],
+        steps=3,
+    )  # fmt: skip
+    torch.testing.assert_close(batch[1, : 2 * short], alone[0], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dials", [{"width": 0, "until": 0.8}, {"width": 6, "until": 1.0}])
+def test_rough_guidance_that_cannot_be_is_refused(config: dict[str, Any], dials: dict[str, float]) -> None:
+    section = copy.deepcopy(config["flow"])
+    section["decoder"]["rough_guidance"] = dials
+    with pytest.raises(ValueError, match="rough guidance"):
+        FlowConfig.from_dict(section)
+
+
 def test_an_unsupported_structure_is_refused_by_name(config: dict[str, Any]) -> None:
     section = copy.deepcopy(config["flow"])
     section["encoder"]["normalize_before"] = False
