@@ -34,7 +34,7 @@ class EngineSettings:
     """Bounds of an engine. `context`: prompt and result of one sequence together, in tokens."""
 
     slots: int = 16
-    context: int = 4096
+    context: int = 8192
     queue_limit: int = 256
     prefix_cache_tokens: int = 16384
     stream_groups: int = 5

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from services.gateway import events
+from services.gateway import events, ranges
 from services.gateway.dependencies import Caller, GatewayOf, WaitS
 from services.gateway.problems import responses
 from services.gateway.schemas import JobList, JobView
@@ -20,6 +20,15 @@ from shared.schemas import JobState
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 AUDIO_TYPES = {"wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg", "opus": "audio/ogg"}
+_AUDIO = {"content": {kind: {"schema": {"type": "string", "format": "binary"}}
+                      for kind in (*AUDIO_TYPES.values(), "application/octet-stream")}}  # fmt: skip
+AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: _AUDIO,
+    206: {"description": "The part that `Range` asks for", **_AUDIO},
+    304: {"description": "`If-None-Match` names this audio"},
+    416: {"description": "`Range` lies behind the end"},
+    **responses(401, 404, 422, 503),
+}
 
 
 @router.get("", responses=responses(401, 422, 503))
@@ -82,14 +91,10 @@ async def follow_job(
     return StreamingResponse(events.job_events(gateway, job, after), 200, events.HEADERS, events.CONTENT_TYPE)
 
 
-@router.get(
-    "/{job_id}/audio",
-    response_class=Response,
-    responses={200: {"content": {kind: {"schema": {"type": "string", "format": "binary"}}
-                                 for kind in (*AUDIO_TYPES.values(), "application/octet-stream")}},
-               **responses(401, 404, 422, 503)},
-)  # fmt: skip
+@router.head("/{job_id}/audio", response_class=Response, responses=AUDIO_RESPONSES, operation_id="head_audio")
+@router.get("/{job_id}/audio", response_class=Response, responses=AUDIO_RESPONSES)
 async def get_audio(
+    request: Request,
     job_id: str,
     gateway: GatewayOf,
     principal: Caller,
@@ -97,7 +102,7 @@ async def get_audio(
         int | None, Query(ge=0, le=10, description="0 is the source; the default is the last.")
     ] = None,
 ) -> Response:
-    """The audio of an iteration, or the source."""
+    """The audio of an iteration, or the source; with `Range` a part of it, with `If-None-Match` only what is new."""
     job = await blocking(own_job, gateway, principal, job_id)
     number = job.request.iterations if iteration is None else iteration
     data, info = await blocking(audio_of, gateway, job, number)
@@ -106,7 +111,7 @@ async def get_audio(
     headers["x-content-type-options"] = "nosniff"
     if number:
         headers["content-disposition"] = f'attachment; filename="{job.id}-{number}.{form}"'
-    return Response(data, 200, headers, AUDIO_TYPES.get(form, "application/octet-stream"))
+    return ranges.answer(data, AUDIO_TYPES.get(form, "application/octet-stream"), headers, request.headers)
 
 
 @router.post("/{job_id}/cancel", responses=responses(401, 404, 409, 503))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.trainer.evaluate.acoustic import AcousticJudge
@@ -31,14 +32,15 @@ class JudgeSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="EDITX_JUDGE_", env_ignore_empty=True, frozen=True)
 
     url: str = ""
-    key: str = ""
+    key: SecretStr = SecretStr("")
     rate: float = 60.0
     cost: float = 0.0
     budget: float | None = None
 
     def open(self, name: str, cache: Path) -> Judge:
         """The judge of a name. Raises UserError as `open_judge` does."""
-        return open_judge(name, cache, url=self.url, key=self.key, cost=Cost(self.rate, self.cost, self.budget))
+        cost = Cost(self.rate, self.cost, self.budget)
+        return open_judge(name, cache, url=self.url, key=self.key.get_secret_value(), cost=cost)
 
 
 def is_remote(name: str) -> bool:

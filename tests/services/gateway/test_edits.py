@@ -92,6 +92,17 @@ def test_every_iteration_can_be_heard_and_so_can_the_source(client: httpx.Client
     assert (answer.status_code, answer.json()["code"]) == (404, "audio_not_ready")
 
 
+def test_audio_comes_whole_in_part_or_not_again(client: httpx.Client) -> None:
+    path = f"/v1/jobs/{finished(client)['id']}/audio"
+    whole, head = client.get(path), client.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == whole.headers["content-length"] == str(len(whole.content))
+    part = client.get(path, headers={"range": "bytes=4-7"})
+    assert (part.status_code, part.content) == (206, whole.content[4:8])
+    assert part.headers["content-range"] == f"bytes 4-7/{len(whole.content)}"
+    assert client.get(path, headers={"if-none-match": whole.headers["etag"]}).status_code == 304
+
+
 def test_events_tell_the_whole_way_and_the_last_one_carries_the_job(client: httpx.Client) -> None:
     job = finished(client)
     answer = client.get(f"/v1/jobs/{job['id']}/events")

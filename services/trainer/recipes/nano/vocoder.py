@@ -47,7 +47,7 @@ class VocoderRecipe:
     final_lr: float = 1e-4
     critic_lr: float = 4e-4
     decoded: float = 0.75
-    """Share of the segments with the flow's mel, among those that have one."""
+    """Share of the segments with the flow's mel, where there are any."""
     adversary_from: int = 1500
     adversary_channels: int = 16
     adversary: type[SpectrogramDiscriminator | FrameDiscriminator] = SpectrogramDiscriminator
@@ -75,31 +75,41 @@ class Segment(NamedTuple):
     f0: Tensor
 
 
-def draw(store: Store, made: Mapping[int, np.ndarray], recipe: VocoderRecipe, rng: np.random.Generator) -> Segment:
-    """Segments of random recordings at random levels; `made` has the flow's mels (frames, 80) by row index."""
-    length = recipe.frames * HOP + 2 * MEL_EDGE
-    audio, pitch = np.zeros((recipe.batch, length), np.float32), np.zeros((recipe.batch, recipe.frames), np.float32)
-    flows: dict[int, np.ndarray] = {}
-    for b in range(recipe.batch):
-        i = int(rng.integers(len(store)))
-        whole, f0 = store.audio(i), store.array(i, "f0").astype(np.float32)
-        frames = (len(whole) - 2 * MEL_EDGE) // HOP
-        first = int(rng.integers(max(1, frames - recipe.frames)))
-        gain = float(rng.uniform(0.3, 1.2))
-        piece = whole[first * HOP : first * HOP + length] * gain
-        audio[b, : len(piece)] = np.clip(piece, -1, 1)
-        # Frame i of the segment is centred 1200 samples (50 ms, F0 frame 5) after the segment's start.
-        at = 5 + 2 * (first + np.arange(recipe.frames))
-        pitch[b] = np.where(at < len(f0), f0[np.minimum(at, len(f0) - 1)], 0)
-        mel_of_flow = made.get(store.rows[i]["index"])
-        edge = first + MEL_EDGE // HOP
-        if mel_of_flow is not None and edge + recipe.frames <= len(mel_of_flow) and rng.random() < recipe.decoded:
-            flows[b] = mel_of_flow[edge : edge + recipe.frames].astype(np.float32) + np.log(gain)
-    heard = torch.from_numpy(audio)
-    mel = prompt_mel(heard)[:, MEL_EDGE // HOP : MEL_EDGE // HOP + recipe.frames].transpose(1, 2).contiguous()
-    for b, mel_of_flow in flows.items():
-        mel[b] = torch.from_numpy(mel_of_flow.T)
-    return Segment(heard, mel, torch.from_numpy(pitch))
+class Segments:
+    """Random excerpts of the corpus at random levels, and of the recordings that have the flow's mel."""
+
+    def __init__(self, store: Store, made: Mapping[int, np.ndarray], recipe: VocoderRecipe) -> None:
+        """`made` has the flow's mels (frames, 80) by row index."""
+        self._store, self._recipe = store, recipe
+        self._made = {i: made[row["index"]] for i, row in enumerate(store.rows) if row["index"] in made}
+        self._places = list(self._made)
+
+    def draw(self, rng: np.random.Generator) -> Segment:
+        """A batch."""
+        recipe = self._recipe
+        length = recipe.frames * HOP + 2 * MEL_EDGE
+        audio, pitch = np.zeros((recipe.batch, length), np.float32), np.zeros((recipe.batch, recipe.frames), np.float32)
+        flows: dict[int, np.ndarray] = {}
+        for b in range(recipe.batch):
+            by_flow = bool(self._places) and rng.random() < recipe.decoded
+            i = self._places[int(rng.integers(len(self._places)))] if by_flow else int(rng.integers(len(self._store)))
+            whole, f0 = self._store.audio(i), self._store.array(i, "f0").astype(np.float32)
+            frames = (len(whole) - 2 * MEL_EDGE) // HOP
+            first = int(rng.integers(max(1, frames - recipe.frames)))
+            gain = float(rng.uniform(0.3, 1.2))
+            piece = whole[first * HOP : first * HOP + length] * gain
+            audio[b, : len(piece)] = np.clip(piece, -1, 1)
+            # Frame i of the segment is centred 1200 samples (50 ms, F0 frame 5) after the segment's start.
+            at = 5 + 2 * (first + np.arange(recipe.frames))
+            pitch[b] = np.where(at < len(f0), f0[np.minimum(at, len(f0) - 1)], 0)
+            start = first + MEL_EDGE // HOP
+            if by_flow and start + recipe.frames <= len(self._made[i]):
+                flows[b] = self._made[i][start : start + recipe.frames].astype(np.float32) + np.log(gain)
+        heard = torch.from_numpy(audio)
+        mel = prompt_mel(heard)[:, MEL_EDGE // HOP : MEL_EDGE // HOP + recipe.frames].transpose(1, 2).contiguous()
+        for b, made in flows.items():
+            mel[b] = torch.from_numpy(made.T)
+        return Segment(heard, mel, torch.from_numpy(pitch))
 
 
 class SpectralLoss(nn.Module):
@@ -157,15 +167,15 @@ def main() -> None:
     parts = {"model": model, "critics": critics, "ours": ours, "theirs": theirs}
     run = Run("vocoder", parts, arguments.steps or recipe.steps, arguments.minutes)
     store, made = Store(), decoded.mels()
+    segments = Segments(store, made, recipe)
     print(
         f"vocoder: {count_parameters(model):.2f} M parameters, {store.hours:.2f} h of {len(store)} rows, {len(made)} "
         f"with the flow's mel, on {device}",
         flush=True,
     )
     while run.going:
-        segment = Segment(*(x.to(device) for x in draw(store, made, recipe, run.rng())))
-        for optimizer, lr in ((ours, recipe.lr), (theirs, recipe.critic_lr)):
-            set_lr(optimizer, cosine(run.step, run.steps, lr, lr * recipe.final_lr / recipe.lr))
+        segment = Segment(*(x.to(device) for x in segments.draw(run.rng())))
+        set_lr(ours, cosine(run.step, run.steps, recipe.lr, recipe.final_lr))
         run.done_step(train_step(model, critics, losses, ours, theirs, segment, recipe, run.step))
 
 
