@@ -165,7 +165,7 @@ class Execution:
             job = machine.apply(
                 self._jobs, message.job_id, lambda job, now: machine.acquire(job, index, owner, ttl_s, now)
             )
-        except JobNotFound as error:
+        except (JobNotFound, PoisonError) as error:
             publish_unreadable(self._bus, self._delivery, error)
             return DONE
         except JobClosed:

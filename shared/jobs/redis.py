@@ -29,6 +29,7 @@ from shared.jobs.port import (
     JobStoreUnavailable,
     VersionConflict,
 )
+from shared.jobs.records import read_record, read_records
 from shared.schemas.job import Job, JobEvent, JobState
 
 CLOCK_CHECK_S = 5.0
@@ -155,7 +156,7 @@ class RedisJobStore:
         most = "" if open_max is None else str(open_max)
         outcome, known = self._run(self._create, [*self._row(stored), *once, most, *_bodies(events)])
         if outcome == "known":
-            return Created(Job.model_validate_json(known), is_new=False)
+            return Created(read_record(known), is_new=False)
         if outcome == "conflict":
             raise idempotency_conflict(once[0])
         if outcome == "exists":
@@ -173,7 +174,7 @@ class RedisJobStore:
             body = cast("str | None", self._redis.hget(f"{self._prefix}job:{job_id}", "body"))
         if body is None:
             raise JobNotFound(f"There is no job {job_id}.")
-        return Job.model_validate_json(body)
+        return read_record(body)
 
     def replace(self, job: Job, events: Sequence[JobEvent] = ()) -> Job:
         stored = job.model_copy(update={"version": job.version + 1})
@@ -235,7 +236,7 @@ class RedisJobStore:
             for job_id in ids:
                 pipe.hget(f"{self._prefix}job:{job_id}", "body")
             bodies = pipe.execute()
-        return [Job.model_validate_json(body) for body in bodies if body]
+        return read_records(body for body in bodies if body)
 
     def _row(self, job: Job) -> tuple[str, ...]:
         due = "" if job.is_terminal else _score(job.due_at)

@@ -21,6 +21,7 @@ from shared.jobs.port import (
     JobStoreUnavailable,
     VersionConflict,
 )
+from shared.jobs.records import read_record, read_records
 from shared.schemas.job import Job, JobEvent, JobState
 
 BUSY_TIMEOUT_S = 10.0
@@ -79,7 +80,7 @@ class SqliteJobStore:
                 if known is not None and known[1] > self.now():
                     if known[0] != idempotency.fingerprint:
                         raise idempotency_conflict(idempotency.key)
-                    return Created(Job.model_validate_json(known[2]), is_new=False)
+                    return Created(read_record(known[2]), is_new=False)
             stored = job.model_copy(update={"version": 1})
             if open_max is not None and database.execute(_COUNT_OPEN, (job.owner,)).fetchone()[0] >= open_max:
                 raise too_many_open(open_max)
@@ -101,7 +102,7 @@ class SqliteJobStore:
         rows = self._rows("SELECT body FROM jobs WHERE id = ?", (job_id,))
         if not rows:
             raise JobNotFound(f"There is no job {job_id}.")
-        return Job.model_validate_json(rows[0][0])
+        return read_record(rows[0][0])
 
     def replace(self, job: Job, events: Sequence[JobEvent] = ()) -> Job:
         stored = job.model_copy(update={"version": job.version + 1})
@@ -134,15 +135,16 @@ class SqliteJobStore:
         marks = ", ".join("?" * len(states))
         wanted = f"AND state IN ({marks})" if states else ""
         query = (
-            "SELECT body FROM jobs WHERE (?1 IS NULL OR owner = ?1) AND (?2 IS NULL OR id < ?2)"
+            "SELECT id, body FROM jobs WHERE (?1 IS NULL OR owner = ?1) AND (?2 IS NULL OR id < ?2)"
             f" {wanted} ORDER BY id DESC LIMIT {int(limit) + 1}"
         )
-        found = [Job.model_validate_json(row[0]) for row in self._rows(query, (owner, cursor, *states))]
-        return JobPage(found[:limit], found[limit - 1].id if len(found) > limit else None)
+        rows = self._rows(query, (owner, cursor, *states))
+        found = read_records(body for _, body in rows[:limit])
+        return JobPage(found, rows[limit - 1][0] if len(rows) > limit else None)
 
     def due(self, before: float, limit: int = 100) -> builtins.list[Job]:
         query = "SELECT body FROM jobs WHERE ended = 0 AND due_at <= ? ORDER BY due_at LIMIT ?"
-        return [Job.model_validate_json(row[0]) for row in self._rows(query, (before, limit))]
+        return read_records(row[0] for row in self._rows(query, (before, limit)))
 
     def purge(self, before: float, limit: int = 100) -> builtins.list[str]:
         with self._transaction() as database:
