@@ -25,7 +25,7 @@ def test_one_record_of_another_release_stops_neither_lists_nor_sweeps(tmp_path: 
     ids = sorted(store.create(one.job, one.events).job.id for one in accepted)
     with sqlite3.connect(file) as database:
         database.execute('UPDATE jobs SET body = \'{"of": "tomorrow"}\' WHERE id = ?', (ids[1],))
-    assert [job.id for job in store.due(float("inf"))] == [ids[0], ids[2]]
+    assert {job.id for job in store.due(float("inf"))} == {ids[0], ids[2]}
     first = store.list(limit=2)
     assert [job.id for job in first.jobs] == [ids[2]]
     assert [job.id for job in store.list(limit=2, cursor=first.cursor).jobs] == [ids[0]]
