@@ -21,6 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from shared.checkpoints.step1 import default_dtype
 from shared.models.bigvgan import BigVGAN, BigVGANConfig
 from shared.models.flow import Flow, FlowConfig, FlowStream, flow_noise, read_voice
 from shared.models.hift import HiFT, HiFTConfig
@@ -93,6 +94,13 @@ def build_flow(device: str) -> Flow:
     return flow
 
 
+def in_precisions(flow: Flow, device: str) -> Iterator[tuple[str, Flow]]:
+    """In float32, and in bfloat16 where the device has instructions for it."""
+    yield "float32", flow
+    if default_dtype(device) == torch.bfloat16:
+        yield "bfloat16", copy.deepcopy(flow).to(torch.bfloat16)
+
+
 def seconds_of(work: Callable[[], Tensor], runs: int, clock: Callable[[], float], device: str) -> tuple[float, Tensor]:
     """Least seconds of `runs` calls, and the last result."""
     times, result = [], torch.empty(0)
@@ -111,7 +119,7 @@ def flow_rows(options: argparse.Namespace, clock: Callable[[], float]) -> Iterat
     flow = build_flow(device)
     single = Jobs.make(options.reference, seconds, 1, device)
     exact: dict[tuple[int, int], Tensor] = {}
-    for name, model in (("float32", flow), ("bfloat16", copy.deepcopy(flow).to(torch.bfloat16))):
+    for name, model in in_precisions(flow, device):
         single.run(model, 1)
         for steps in options.steps:
             for batch in options.batches:
@@ -127,13 +135,11 @@ def vocoder_rows(options: argparse.Namespace, clock: Callable[[], float]) -> Ite
     torch.manual_seed(0)
     device = options.device
     hift, bigvgan = HiFT(HiFTConfig()).eval().to(device), BigVGAN(BigVGANConfig()).eval().to(device)
-    entries: dict[str, nn.Module] = {
-        "HiFT float32": hift,
-        "HiFT bfloat16": copy.deepcopy(hift).lower_precision(torch.bfloat16),
-        "BigVGAN float32": bigvgan,
-        "BigVGAN bfloat16": copy.deepcopy(bigvgan).lower_precision(torch.bfloat16),
-        "spectral float32": SpectralVocoder(SpectralConfig()).eval().to(device),
-    }
+    entries: dict[str, nn.Module] = {"HiFT float32": hift, "BigVGAN float32": bigvgan}
+    if default_dtype(device) == torch.bfloat16:
+        entries["HiFT bfloat16"] = copy.deepcopy(hift).lower_precision(torch.bfloat16)
+        entries["BigVGAN bfloat16"] = copy.deepcopy(bigvgan).lower_precision(torch.bfloat16)
+    entries["spectral float32"] = SpectralVocoder(SpectralConfig()).eval().to(device)
     for name, model in entries.items():
         for batch in (1, 4):
             mel = torch.randn(batch, 80, round(options.seconds * FRAMES_PER_S), device=device)
@@ -147,13 +153,15 @@ def both_rows(options: argparse.Namespace, clock: Callable[[], float]) -> Iterat
     """Tokens to sound, one job of ten steps: flow and HiFT in float32, and both in bfloat16."""
     flow, hift = build_flow(options.device), HiFT(HiFTConfig()).eval().to(options.device)
     job, exact = Jobs.make(options.reference, options.seconds, 1, options.device), None
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+    for dtype in dict.fromkeys((torch.float32, default_dtype(options.device))):
         parts = copy.deepcopy(flow).to(dtype), hift if dtype == torch.float32 else hift.lower_precision(dtype)
         spoken(*parts, job, 1)
         took, mel = seconds_of(partial(spoken, *parts, job, max(options.steps)), options.runs, clock, options.device)
         exact = mel if exact is None else exact
         error = None if exact is mel else float((mel - exact).abs().mean() / exact.std())
-        yield Row(f"flow + HiFT {name}", 1, max(options.steps), took, options.seconds, error)
+        yield Row(
+            f"flow + HiFT {str(dtype).removeprefix('torch.')}", 1, max(options.steps), took, options.seconds, error
+        )
 
 
 def spoken(flow: Flow, hift: HiFT, job: Jobs, steps: int) -> Tensor:
@@ -168,7 +176,7 @@ def stream_rows(options: argparse.Namespace, clock: Callable[[], float]) -> Iter
     """From the 25th audio token to the first 0.32 s of sound: the reference, the first chunk, HiFT."""
     flow, hift = build_flow(options.device), HiFT(HiFTConfig()).eval().to(options.device)
     jobs = Jobs.make(options.reference, 0.72, 1, options.device)
-    for name, model in (("float32", flow), ("bfloat16", copy.deepcopy(flow).to(torch.bfloat16))):
+    for name, model in in_precisions(flow, options.device):
         for steps in options.steps:
             work = partial(first_audio, model, hift, jobs, steps)
             took, sound = seconds_of(work, options.runs, clock, options.device)
@@ -202,6 +210,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     timed = f"{options.threads} threads, {options.clock} time, torch {torch.__version__}"
     print(f"{options.device}, {timed}, {options.reference} s of reference, {options.seconds} s of result")
+    if default_dtype(options.device) != torch.bfloat16:
+        print("bfloat16 is left out: this CPU has no instructions for it")
     print(f"{'what':32} {'batch':>5} {'steps':>5} {'seconds':>9} {'RTF':>8} {'speed':>9} {'mel error':>10}")
     for part in options.parts:
         baseline: float | None = None

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from services.llm.decoding import ExactDecoder, StaticDecoder
+from shared.checkpoints.step1 import default_dtype
 from shared.codes import AUDIO_VOCAB
 from shared.models.quantize import quantize_int8
 from shared.models.step1 import Step1, Step1Config
@@ -127,7 +128,8 @@ def build(kind: str, layers: int, device: str, audio_ids: int) -> Step1:
                          num_hidden_layers=layers, vocab_size=audio_ids + 64)  # fmt: skip
     model = Step1(config)
     model.initialise()
-    model = model.to(device, torch.float32 if kind == "float32" else torch.bfloat16).eval()
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": default_dtype(device)}
+    model = model.to(device, dtypes[kind]).eval()
     if kind == "int8":
         quantize_int8(model)
     return model
@@ -191,7 +193,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--kinds", nargs="+", default=["bfloat16", "int8"], choices=["float32", "bfloat16", "int8"])
+    parser.add_argument(
+        "--kinds", nargs="+", choices=["float32", "bfloat16", "int8"],
+        help="Default: int8, and bfloat16 where the device has instructions for it, else float32.",
+    )  # fmt: skip
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--contexts", nargs="+", type=int, default=[512, 2048, 8192])
     parser.add_argument("--baseline-to", type=int, default=2048, help="Longest context that the baseline runs at.")
@@ -203,7 +208,7 @@ def main() -> None:
     timed = f"{options.threads} threads, {options.clock} time, torch {torch.__version__}"
     print(f"{options.layers} layers of 3072, {options.device}, {timed}")
     print(f"{'what':28} {'batch':>5} {'context':>7} {'ms':>10} {'tokens/s':>10} {'peak MiB':>9} {'32 layers':>12}")
-    for kind in options.kinds:
+    for kind in options.kinds or [str(default_dtype(options.device)).removeprefix("torch."), "int8"]:
         with torch.inference_mode():
             model = build(kind, options.layers, options.device, AUDIO_VOCAB)
             for context in options.contexts:
