@@ -20,7 +20,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from services.decoder.settings import DecoderSettings
-from services.decoder.streaming import Audio, Session, Sessions, Voice, Voices, stretch_prompt_mel, token_pairs
+from services.decoder.streaming import (
+    Audio,
+    Session,
+    Sessions,
+    Voice,
+    Voices,
+    loudest_part,
+    stretch_prompt_mel,
+    token_pairs,
+)
 from shared import telemetry
 from shared.checkpoints.decoder import load_flow, load_vocoder
 from shared.checkpoints.layout import Checkpoint
@@ -132,8 +141,8 @@ class DecoderModel:
             raise UserError("There are no audio tokens to decode.", "Send at least one group of five.", "no_tokens")
         reference = token_pairs(prompt).to(self.device)
         stretched = stretch_prompt_mel(mel.to(self.device), len(reference), self.flow.frames_per_token)
-        if (longest := sizes.longest_reference) is not None:
-            reference, stretched = reference[:longest], stretched[: longest * self.flow.frames_per_token]
+        if sizes.longest_reference is not None:
+            reference, stretched = loudest_part(reference, stretched, sizes.longest_reference)
         return _Job(
             torch.cat([reference, token_pairs(mixed).to(self.device)]),
             Voice(reference, stretched, speaker.to(self.device)),

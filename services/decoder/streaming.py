@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared.codes import GROUP, LINGUISTIC_SIZE, Codes, split, time_align
+from shared.codes import GROUP, LINGUISTIC_SIZE, SEMANTIC_PER_GROUP, Codes, split, time_align
 from shared.errors import TransientError, UserError
 from shared.models.flow import Flow, FlowStream, FlowVoice, read_voice
 from shared.models.vocoder_stream import Vocoder, open_stream
@@ -48,6 +48,17 @@ def stretch_prompt_mel(mel: Tensor, tokens: int, frames_per_token: int) -> Tenso
     if not tokens:
         return mel[:0]
     return F.interpolate(mel.T[None], size=tokens * frames_per_token, mode="nearest")[0].T
+
+
+def loudest_part(pairs: Tensor, mel: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """The `longest` pairs of a reference (P, 2), and their frames of its mel, that are loudest on average: most of them
+    are speech. Begins with a group; a shorter reference stays whole."""
+    if len(pairs) <= longest:
+        return pairs, mel
+    frames = len(mel) // len(pairs)
+    levels = mel.mean(1).unflatten(0, (-1, frames)).mean(1).unfold(0, longest, SEMANTIC_PER_GROUP).mean(1)
+    start = int(levels.argmax()) * SEMANTIC_PER_GROUP
+    return pairs[start : start + longest], mel[start * frames : (start + longest) * frames]
 
 
 @dataclass(frozen=True)

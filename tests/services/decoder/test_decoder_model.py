@@ -60,18 +60,19 @@ def test_the_seed_decides_the_audio(model: DecoderModel, asked: InferenceRequest
     assert not np.allclose(first, other)
 
 
-def test_no_more_of_a_reference_is_read_than_the_flow_wants(
+def test_the_loudest_part_of_a_reference_is_read_where_the_flow_wants_no_more(
     model: DecoderModel, asked: InferenceRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cut = dict(asked.inputs)
-    cut["prompt_mixed"] = cut["prompt_mixed"][:20]
     pairs = len(asked.inputs["prompt_mixed"]) // 5 * 3
-    mel = stretch_prompt_mel(torch.from_numpy(np.array(cut["prompt_mel"], np.float32)), pairs, 2)
-    assert pairs > 12
-    cut["prompt_mel"] = mel[:24].numpy()
-    short = audio(model.infer([changed(replace(asked, inputs=cut), steps=2)])[0])
+    mel = stretch_prompt_mel(torch.from_numpy(np.array(asked.inputs["prompt_mel"], np.float32)), pairs, 2)
+    mel[:12] -= 9.0
+    mel[12:36] += 9.0
+    assert pairs > 18
+    whole = asked.inputs | {"prompt_mel": mel.numpy()}
+    part = whole | {"prompt_mixed": asked.inputs["prompt_mixed"][10:30], "prompt_mel": mel[12:36].numpy()}
+    short = audio(model.infer([changed(replace(asked, inputs=part), steps=2)])[0])
     monkeypatch.setattr(model.flow, "config", replace(model.flow.config, longest_reference=12))
-    assert np.array_equal(audio(model.infer([changed(asked, steps=2)])[0]), short)
+    assert np.array_equal(audio(model.infer([changed(replace(asked, inputs=whole), steps=2)])[0]), short)
 
 
 def test_a_group_cut_short_is_filled(model: DecoderModel, asked: InferenceRequest) -> None:

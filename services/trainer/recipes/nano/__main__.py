@@ -31,8 +31,6 @@ def plan(hours: float, minutes: float | None, target: Path) -> list[tuple[str, S
     for name in TRAINED:
         if name == "flow":
             steps += [("codes", []), ("perturbed", []), ("sounds", []), ("plain", []), ("mels", [])]
-        if name == "vocoder":
-            steps.append(("decoded", []))
         steps.append((name, bound))
     return [*steps, ("export", [str(target)])]
 

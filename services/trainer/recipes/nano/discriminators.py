@@ -1,4 +1,4 @@
-"""Discriminators for the vocoder: spectra at several resolutions, and (where compute allows) the waveform
+"""Discriminators for the vocoder: spectrograms at several resolutions, and (where compute allows) the waveform
 folded by periods.
 
 After UnivNet (arXiv 2106.07889), HiFi-GAN (arXiv 2010.05646) and Vocos. Knows nothing about the generator.
@@ -7,7 +7,6 @@ After UnivNet (arXiv 2106.07889), HiFi-GAN (arXiv 2010.05646) and Vocos. Knows n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -43,38 +42,6 @@ class SpectrogramDiscriminator(nn.Module):
         return self.outlet(x), features
 
 
-class FrameDiscriminator(nn.Module):
-    """Judges log magnitudes frame by frame, each of `BANDS` bands of a short-time spectrum by convolutions over time
-    alone. (B, n) -> logits, features.
-
-    For CPUs: at frame rate it costs a fiftieth of `SpectrogramDiscriminator`.
-    """
-
-    BANDS = 4
-
-    def __init__(self, n_fft: int, channels: int) -> None:
-        super().__init__()
-        self.n_fft, width = n_fft, n_fft // 2 // self.BANDS
-        self.bands = nn.ModuleList(self._convolutions((width, channels, channels, channels)) for _ in range(self.BANDS))
-        self.outlets = nn.ModuleList(self._convolutions((channels, 1)) for _ in range(self.BANDS))
-        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
-
-    def forward(self, wave: Tensor) -> Judged:
-        spectrum = torch.stft(wave, self.n_fft, self.n_fft // 4, window=self.window, return_complex=True)  # type: ignore[arg-type]
-        logs = spectrum.abs().clamp(min=1e-3).log()[:, 1:]
-        features, logits = [], []
-        for x, convs, outlet in zip(logs.chunk(self.BANDS, 1), self.bands, self.outlets, strict=True):
-            for conv in convs.children():
-                x = F.leaky_relu(conv(x), 0.1)
-                features.append(x)
-            logits.append(outlet(x))
-        return torch.cat(logits, 1), features
-
-    @staticmethod
-    def _convolutions(sizes: Sequence[int]) -> nn.Sequential:
-        return nn.Sequential(*[weight_norm(nn.Conv1d(n, m, 3, padding=1)) for n, m in pairwise(sizes)])
-
-
 class PeriodDiscriminator(nn.Module):
     """Judges the waveform folded into rows of one period. (B, n) -> logits, features."""
 
@@ -97,19 +64,14 @@ class PeriodDiscriminator(nn.Module):
 
 
 class Discriminators(nn.Module):
-    """One discriminator of a kind for each resolution, and one for each period. `channels` is the width at every layer
-    of the former, the first width of the latter."""
+    """A set of both kinds. `channels` is the width at every layer of the first kind, the first width of the
+    second."""
 
     def __init__(
-        self,
-        channels: int,
-        resolutions: Sequence[int] = (512, 1024, 2048),
-        periods: Sequence[int] = (),
-        *,
-        kind: type[SpectrogramDiscriminator | FrameDiscriminator] = SpectrogramDiscriminator,
+        self, channels: int, resolutions: Sequence[int] = (512, 1024, 2048), periods: Sequence[int] = ()
     ) -> None:
         super().__init__()
-        members: list[nn.Module] = [kind(n, channels) for n in resolutions]
+        members: list[nn.Module] = [SpectrogramDiscriminator(n, channels) for n in resolutions]
         members += [PeriodDiscriminator(p, channels) for p in periods]
         self.members = nn.ModuleList(members)
 

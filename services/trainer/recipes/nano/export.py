@@ -29,7 +29,7 @@ from shared.models.spectral import SpectralConfig, SpectralVocoder
 from shared.models.step1 import Step1
 from shared.prompts import TextTokenizer
 
-VERSION = "0.5.0"
+VERSION = "0.6.0"
 SPEAKER_FILE = Path(EDITX_FOLDER) / DECODER_FOLDER / "campplus.onnx"
 TOKENIZERS = ("linguistic", "semantic", "speaker")
 TEMPERATURE = 0.2

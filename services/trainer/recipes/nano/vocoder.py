@@ -1,31 +1,20 @@
 """Train the spectral vocoder: F0 predictor, spectral losses, then an adversary. `python -m
 services.trainer.recipes.nano.vocoder`.
 
-On a GPU the batches are larger and the adversary sees spectrograms and the waveform folded by periods; on a CPU it
-sees log magnitudes frame by frame, which costs little. Most mels are those that the flow makes of the recording's codes
-(`decoded`, where it was run), since that is what the vocoder is given in use.
+On a GPU the batches are larger and the adversary also folds the waveform by periods; the recipe is the same.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from services.trainer.recipes.nano import decoded
-from services.trainer.recipes.nano.discriminators import (
-    Discriminators,
-    FrameDiscriminator,
-    SpectrogramDiscriminator,
-    discriminator_loss,
-    generator_loss,
-)
+from services.trainer.recipes.nano.discriminators import Discriminators, discriminator_loss, generator_loss
 from services.trainer.recipes.nano.features import Store
 from services.trainer.recipes.nano.run import Run, cosine, count_parameters, pick_device, products, set_lr
 from shared.audio.features import prompt_mel
@@ -45,71 +34,37 @@ class VocoderRecipe:
     frames: int
     lr: float = 8e-4
     final_lr: float = 1e-4
-    critic_lr: float = 4e-4
-    decoded: float = 0.75
-    """Share of the segments with the flow's mel, where there are any."""
     adversary_from: int = 1500
     adversary_channels: int = 16
-    adversary: type[SpectrogramDiscriminator | FrameDiscriminator] = SpectrogramDiscriminator
-    resolutions: tuple[int, ...] = (512, 1024, 2048)
     periods: tuple[int, ...] = ()
     stft_weight: float = 1.0
     mel_weight: float = 2.0
     matching_weight: float = 2.0
 
 
-CPU = VocoderRecipe(
-    steps=8000, batch=8, frames=40, adversary_channels=96, adversary=FrameDiscriminator, resolutions=(512, 1024)
-)
+CPU = VocoderRecipe(steps=4000, batch=8, frames=40, adversary_from=4000)
+"""Without the adversary: it makes a step ten times as long there (docs/experiments.md)."""
 GPU = VocoderRecipe(
     steps=12_000, batch=48, frames=64, adversary_from=2000, adversary_channels=32, periods=(2, 3, 5, 7, 11)
 )
 
 
-class Segment(NamedTuple):
-    """A batch: audio with mel context (B, frames * 480 + 1920), mel (B, 80, frames), F0 in Hz at its frames (B,
+def draw(store: Store, recipe: VocoderRecipe, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """A batch of segments: audio with mel context (B, frames * 480 + 1920), F0 in Hz at the mel frames (B,
     frames)."""
-
-    audio: Tensor
-    mel: Tensor
-    f0: Tensor
-
-
-class Segments:
-    """Random excerpts of the corpus at random levels, and of the recordings that have the flow's mel."""
-
-    def __init__(self, store: Store, made: Mapping[int, np.ndarray], recipe: VocoderRecipe) -> None:
-        """`made` has the flow's mels (frames, 80) by row index."""
-        self._store, self._recipe = store, recipe
-        self._made = {i: made[row["index"]] for i, row in enumerate(store.rows) if row["index"] in made}
-        self._places = list(self._made)
-
-    def draw(self, rng: np.random.Generator) -> Segment:
-        """A batch."""
-        recipe = self._recipe
-        length = recipe.frames * HOP + 2 * MEL_EDGE
-        audio, pitch = np.zeros((recipe.batch, length), np.float32), np.zeros((recipe.batch, recipe.frames), np.float32)
-        flows: dict[int, np.ndarray] = {}
-        for b in range(recipe.batch):
-            by_flow = bool(self._places) and rng.random() < recipe.decoded
-            i = self._places[int(rng.integers(len(self._places)))] if by_flow else int(rng.integers(len(self._store)))
-            whole, f0 = self._store.audio(i), self._store.array(i, "f0").astype(np.float32)
-            frames = (len(whole) - 2 * MEL_EDGE) // HOP
-            first = int(rng.integers(max(1, frames - recipe.frames)))
-            gain = float(rng.uniform(0.3, 1.2))
-            piece = whole[first * HOP : first * HOP + length] * gain
-            audio[b, : len(piece)] = np.clip(piece, -1, 1)
-            # Frame i of the segment is centred 1200 samples (50 ms, F0 frame 5) after the segment's start.
-            at = 5 + 2 * (first + np.arange(recipe.frames))
-            pitch[b] = np.where(at < len(f0), f0[np.minimum(at, len(f0) - 1)], 0)
-            start = first + MEL_EDGE // HOP
-            if by_flow and start + recipe.frames <= len(self._made[i]):
-                flows[b] = self._made[i][start : start + recipe.frames].astype(np.float32) + np.log(gain)
-        heard = torch.from_numpy(audio)
-        mel = prompt_mel(heard)[:, MEL_EDGE // HOP : MEL_EDGE // HOP + recipe.frames].transpose(1, 2).contiguous()
-        for b, made in flows.items():
-            mel[b] = torch.from_numpy(made.T)
-        return Segment(heard, mel, torch.from_numpy(pitch))
+    length = recipe.frames * HOP + 2 * MEL_EDGE
+    audio, pitch = np.zeros((recipe.batch, length), np.float32), np.zeros((recipe.batch, recipe.frames), np.float32)
+    for b in range(recipe.batch):
+        i = int(rng.integers(len(store)))
+        whole, f0 = store.audio(i), store.array(i, "f0").astype(np.float32)
+        frames = (len(whole) - 2 * MEL_EDGE) // HOP
+        first = int(rng.integers(max(1, frames - recipe.frames)))
+        piece = whole[first * HOP : first * HOP + length] * float(rng.uniform(0.3, 1.2))
+        audio[b, : len(piece)] = np.clip(piece, -1, 1)
+        # Frame i of the segment is centred 1200 samples (50 ms, F0 frame 5) after the segment's start.
+        at = 5 + 2 * (first + np.arange(recipe.frames))
+        pitch[b] = np.where(at < len(f0), f0[np.minimum(at, len(f0) - 1)], 0)
+    return torch.from_numpy(audio), torch.from_numpy(pitch)
 
 
 class SpectralLoss(nn.Module):
@@ -159,24 +114,23 @@ def main() -> None:
     torch.manual_seed(1)
     model, critics, losses = (
         SpectralVocoder(SpectralConfig()).to(device),
-        Discriminators(recipe.adversary_channels, recipe.resolutions, recipe.periods, kind=recipe.adversary).to(device),
+        Discriminators(recipe.adversary_channels, periods=recipe.periods).to(device),
         SpectralLoss().to(device),
     )
     ours = torch.optim.AdamW(model.parameters(), recipe.lr, betas=(0.8, 0.99), weight_decay=0.01)
-    theirs = torch.optim.AdamW(critics.parameters(), recipe.critic_lr, betas=(0.8, 0.99), weight_decay=0.01)
+    theirs = torch.optim.AdamW(critics.parameters(), recipe.lr / 2, betas=(0.8, 0.99), weight_decay=0.01)
     parts = {"model": model, "critics": critics, "ours": ours, "theirs": theirs}
     run = Run("vocoder", parts, arguments.steps or recipe.steps, arguments.minutes)
-    store, made = Store(), decoded.mels()
-    segments = Segments(store, made, recipe)
+    store = Store()
     print(
-        f"vocoder: {count_parameters(model):.2f} M parameters, {store.hours:.2f} h of {len(store)} rows, {len(made)} "
-        f"with the flow's mel, on {device}",
+        f"vocoder: {count_parameters(model):.2f} M parameters, {store.hours:.2f} h of {len(store)} rows on {device}",
         flush=True,
     )
     while run.going:
-        segment = Segment(*(x.to(device) for x in segments.draw(run.rng())))
-        set_lr(ours, cosine(run.step, run.steps, recipe.lr, recipe.final_lr))
-        run.done_step(train_step(model, critics, losses, ours, theirs, segment, recipe, run.step))
+        audio, f0 = (x.to(device) for x in draw(store, recipe, run.rng()))
+        for optimizer, lr in ((ours, recipe.lr), (theirs, recipe.lr / 2)):
+            set_lr(optimizer, cosine(run.step, run.steps, lr, lr * recipe.final_lr / recipe.lr))
+        run.done_step(train_step(model, critics, losses, ours, theirs, audio, f0, recipe, run.step))
 
 
 def train_step(
@@ -185,13 +139,14 @@ def train_step(
     losses: SpectralLoss,
     ours: torch.optim.Optimizer,
     theirs: torch.optim.Optimizer,
-    segment: Segment,
+    audio: Tensor,
+    f0: Tensor,
     recipe: VocoderRecipe,
     step: int,
 ) -> dict[str, Tensor]:
     """One step of the generator and, once it is due, one of the adversary."""
-    audio, mel, f0 = segment
     real = audio[:, MEL_EDGE:-MEL_EDGE]
+    mel = prompt_mel(audio)[:, MEL_EDGE // HOP : MEL_EDGE // HOP + recipe.frames].transpose(1, 2)
     noise, phase = torch.randn_like(real), torch.rand(len(real), device=real.device)
     with products(real.device):
         fake = model.synthesise(mel, f0, noise, phase)
