@@ -43,7 +43,7 @@ SECTION: dict[str, Any] = {
     },
     "decoder": {
         "inference_cfg_rate": 1.2,
-        "rough_guidance": {"width": 8.0, "until": 0.8},
+        "rough_guidance": {"width": 10.0, "until": 0.8},
         "estimator": {
             "in_channels": 320, "out_channels": 80, "mlp_ratio": 3.0, "depth": 6, "num_heads": 4, "head_dim": 56,
             "hidden_size": 224,
