@@ -35,7 +35,7 @@ SECTION: dict[str, Any] = {
     "output_size": 80,
     "spk_embed_dim": 192,
     "vocab_size": 5121,
-    "longest_reference": 30,
+    "longest_reference": 60,
     "encoder": {
         "input_size": 256, "output_size": 256, "pre_lookahead_len": 3, "num_blocks": 3, "num_up_blocks": 2,
         "up_stride": 2, "up_scale_factor": 2, "attention_heads": 4, "key_bias": True, "linear_units": 768,
