@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from shared.checkpoints.step1 import default_dtype
+from shared.checkpoints.weights import default_dtype
 from shared.models.bigvgan import BigVGAN, BigVGANConfig
 from shared.models.flow import Flow, FlowConfig, FlowStream, flow_noise, read_voice
 from shared.models.hift import HiFT, HiFTConfig
@@ -153,15 +153,13 @@ def both_rows(options: argparse.Namespace, clock: Callable[[], float]) -> Iterat
     """Tokens to sound, one job of ten steps: flow and HiFT in float32, and both in bfloat16."""
     flow, hift = build_flow(options.device), HiFT(HiFTConfig()).eval().to(options.device)
     job, exact = Jobs.make(options.reference, options.seconds, 1, options.device), None
-    for dtype in dict.fromkeys((torch.float32, default_dtype(options.device))):
-        parts = copy.deepcopy(flow).to(dtype), hift if dtype == torch.float32 else hift.lower_precision(dtype)
+    for name, model in in_precisions(flow, options.device):
+        parts = model, hift if model is flow else hift.lower_precision(torch.bfloat16)
         spoken(*parts, job, 1)
         took, mel = seconds_of(partial(spoken, *parts, job, max(options.steps)), options.runs, clock, options.device)
         exact = mel if exact is None else exact
         error = None if exact is mel else float((mel - exact).abs().mean() / exact.std())
-        yield Row(
-            f"flow + HiFT {str(dtype).removeprefix('torch.')}", 1, max(options.steps), took, options.seconds, error
-        )
+        yield Row(f"flow + HiFT {name}", 1, max(options.steps), took, options.seconds, error)
 
 
 def spoken(flow: Flow, hift: HiFT, job: Jobs, steps: int) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from services.llm.decoding import ExactDecoder, StaticDecoder
-from shared.checkpoints.step1 import default_dtype
+from shared.checkpoints.weights import default_dtype
 from shared.codes import AUDIO_VOCAB
 from shared.models.quantize import quantize_int8
 from shared.models.step1 import Step1, Step1Config

@@ -49,6 +49,7 @@ MARGINS = {"f0_hz": 0.04, "f0_spread": 0.12, "level_db": 1.0, "duration_s": 0.06
 
 REAL_DRAWS = 4
 """The real recordings have 35 English words between them: so many seeds each, or one sentence decides."""
+
 SOUND_S = 0.15
 """A sound counts when so much more of a recording can be heard than without it."""
 

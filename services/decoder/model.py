@@ -33,6 +33,7 @@ from services.decoder.streaming import (
 from shared import telemetry
 from shared.checkpoints.decoder import load_flow, load_vocoder
 from shared.checkpoints.layout import Checkpoint
+from shared.checkpoints.weights import default_dtype
 from shared.codes import Codes, duration_s
 from shared.errors import UserError
 from shared.inference.port import (
@@ -206,8 +207,7 @@ class DecoderModel:
 def _flow_dtype(choice: str, device: torch.device) -> torch.dtype:
     if choice != "auto":
         return getattr(torch, choice)  # type: ignore[no-any-return]
-    fast = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return default_dtype(device)
 
 
 def _batches(

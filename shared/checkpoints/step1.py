@@ -14,18 +14,12 @@ from torch import Tensor, nn
 
 from shared.checkpoints.layout import Checkpoint, InvalidCheckpoint, read_json
 from shared.checkpoints.unfilled import unfilled
-from shared.checkpoints.weights import read_headers
+from shared.checkpoints.weights import default_dtype, read_headers
 from shared.models.quantize import Int8Linear, quantize_weight
 from shared.models.step1 import Step1, Step1Config
 from shared.prompts import TextTokenizer
 
 Quantize = Literal["int8"] | None
-
-
-def default_dtype(device: str | torch.device) -> torch.dtype:
-    """bfloat16 where it is fast (GPUs, CPUs with its instructions), else float32."""
-    fast = torch.device(device).type != "cpu" or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
 
 
 def load_config(checkpoint: Checkpoint) -> Step1Config:

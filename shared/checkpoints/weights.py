@@ -22,6 +22,12 @@ from shared.checkpoints.layout import InvalidCheckpoint
 WRAPPERS = ("state_dict", "model_state_dict", "model", "generator")  # the last in what NVIDIA published
 
 
+def default_dtype(device: str | torch.device) -> torch.dtype:
+    """bfloat16 where it is fast (GPUs, CPUs with its instructions), else float32."""
+    fast = torch.device(device).type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
 @dataclass(frozen=True)
 class TensorHeader:
     """What is known of a tensor without reading its numbers; `dtype` in torch's short form such as `bfloat16`."""

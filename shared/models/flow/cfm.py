@@ -56,18 +56,18 @@ class RoughGuidance:
 
     def correction(self, guess: Tensor, expected: Tensor) -> Tensor:
         """What to add to a guess of the mel (B, T, C), given the expected one of the same shape."""
-        return (expected - guess) @ _smoothing(self.width, guess.shape[-1]).to(guess)
+        return (expected - guess) @ _smoothing(self.width, guess.shape[-1], guess.device)
 
 
 @lru_cache(maxsize=8)
-def _smoothing(width: float, bins: int) -> Tensor:
-    """(bins, bins), by which a mel is multiplied to smooth it along its bins; the outermost bins go on beyond the
-    edge."""
+def _smoothing(width: float, bins: int, device: torch.device) -> Tensor:
+    """(bins, bins) float32, by which a mel is multiplied to smooth it along its bins; the outermost bins go on beyond
+    the edge."""
     offsets = torch.arange(-math.ceil(4 * width), math.ceil(4 * width) + 1)
     weights = torch.exp(-0.5 * (offsets / width) ** 2)
     places = (torch.arange(bins)[:, None] + offsets).clamp(0, bins - 1)
     rows = torch.zeros(bins, bins).scatter_add_(1, places, (weights / weights.sum()).expand(bins, -1))
-    return rows.T.contiguous()
+    return rows.T.contiguous().to(device)
 
 
 @dataclass(frozen=True)

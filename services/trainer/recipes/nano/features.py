@@ -26,7 +26,7 @@ from services.trainer.recipes.nano import assets
 from services.trainer.recipes.nano.run import pick_device
 from services.trainer.recipes.nano.whisper import WhisperEncoder
 from shared.audio.features import whisper_log_mel
-from shared.checkpoints.step1 import default_dtype
+from shared.checkpoints.weights import default_dtype
 
 ARRAYS = {"audio": np.int16, "f0": np.float16, "last": np.float16, "middle": np.float16}
 WIDTH = {"audio": 1, "f0": 1, "last": 512, "middle": 512}

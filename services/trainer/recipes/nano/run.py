@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from services.trainer.recipes.nano import assets
-from shared.checkpoints.step1 import default_dtype
+from shared.checkpoints.weights import default_dtype
 
 TRAINED = ("linguistic", "speaker", "semantic", "flow", "vocoder", "llm")
 """The trainings of the small checkpoint, in order."""
