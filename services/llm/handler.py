@@ -27,6 +27,7 @@ from shared.steps import StepContext
 MODEL = "llm"
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_window", "repetition_ratio")
 SEED_STRIDE = 1_000_003
+MEL_FRAMES_PER_GROUP = 6
 
 Encode = Callable[[Sequence[Turn]], Sequence[int]]
 
@@ -48,7 +49,9 @@ class GenerateHandler:
         step.progress(0.05, "writing audio tokens")
         count, groups, longest_s = int(parameters["n_best"]), len(source.mixed) // GROUP, parameters["max_duration_s"]
         audible = audible_share(source.prompt_mel)
-        left = groups_without_pauses(source.prompt_mel, groups)
+        mel_groups = len(source.prompt_mel) / MEL_FRAMES_PER_GROUP
+        is_one_span = abs(mel_groups - groups) <= 1  # the published front end cuts the tokens' ends and not the mel's
+        left = groups_without_pauses(source.prompt_mel, groups) if is_one_span else None
         bounds = length_bounds(
             edit, groups, parameters["text"], audible=audible, unpaused_groups=left, max_duration_s=longest_s
         )

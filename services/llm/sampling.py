@@ -190,7 +190,8 @@ def _heard(mel: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
 
 def groups_without_pauses(mel: npt.NDArray[np.float32], groups: int) -> int:
     """How many of a recording's groups are left when each of its pauses, where nothing can be heard in PAUSE_GROUPS
-    groups or more, is cut to one. `mel` (frames, bins) of the recording is spread over the groups."""
+    groups or more, is cut to one. `mel` (frames, bins) of the recording is spread over the groups, so it must last as
+    long as they do."""
     heard = np.zeros(groups, bool)
     if len(mel):
         heard[(np.flatnonzero(_heard(mel)) * groups // len(mel))] = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -72,3 +74,14 @@ def test_the_bounds_of_the_length_go_to_the_model() -> None:
     GenerateHandler(model, encode).run(FakeStep(HAPPY, 1, {"tokens": tokenized(groups=100).to_bytes()}))
     _, _, parameters = model.calls[0]
     assert (parameters["min_groups"], parameters["max_groups"]) == length_bounds(HAPPY.edit, 100, HAPPY.text)
+
+
+@pytest.mark.parametrize(("frames", "most"), [(600, 61 * 1.1 + 3), (700, 100 * 1.1 + 8)])
+def test_pauses_bound_vad_where_the_mel_lasts_as_long_as_the_tokens(frames: int, most: float) -> None:
+    mel = np.full((frames, 80), -2.0, np.float32)
+    mel[240:480] = -11.0
+    source, model = replace(tokenized(groups=100), prompt_mel=mel), FakeInference(write)
+    request = JobRequest(edit=Edit(type="vad"))
+    GenerateHandler(model, encode).run(FakeStep(request, 1, {"tokens": source.to_bytes()}))
+    _, _, parameters = model.calls[0]
+    assert parameters["max_groups"] == int(most)
