@@ -84,9 +84,14 @@ class GenerateHandler:
         self, step: StepContext, prompt: npt.NDArray[np.int64], seed: int, bounds: tuple[int, int]
     ) -> Generated:
         parameters = given(**{name: step.step.parameters[name] for name in SAMPLING})
+        edit = Edit.model_validate(step.step.parameters["edit"])
+        text = edit.target_text or step.step.parameters["text"]
+        inputs = {"prompt": prompt}
+        if text:
+            inputs["text"] = np.array([ord(character) for character in text], np.int32)
         answer = self._inference.infer(
             MODEL,
-            {"prompt": prompt},
+            inputs,
             parameters={**parameters, "seed": seed, "min_groups": bounds[0], "max_groups": bounds[1]},
             deadline=step.deadline,
             cancelled=step.cancelled,

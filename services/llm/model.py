@@ -6,7 +6,7 @@ Runs in process and behind a model server. It may be called by many threads at o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,9 @@ from services.llm.engine import Engine
 from services.llm.requests import EngineSettings, Generation, GenerationEngine, Outcome
 from services.llm.sampling import SamplingSettings
 from services.llm.settings import LlmSettings
+from services.llm.words import WordChoice, seeds
 from shared.checkpoints import Checkpoint
+from shared.checkpoints.recognizer import load_recognizer
 from shared.checkpoints.step1 import Quantize, load_config, load_step1, load_text_tokenizer
 from shared.errors import UserError
 from shared.inference.port import InferenceRequest, Parameters, Tensors
@@ -30,9 +32,11 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "f
 class LlmModel:
     """The model "llm".
 
-    Input "prompt": int64 (n,), a chat of shared.prompts as ids. Parameters: the fields of SamplingSettings, all
-    optional. Outputs "mixed" int32 (m,), whole groups; "attempts" int32 (); "collapsed" bool (), true when the last
-    attempt still looped or found no end.
+    Inputs "prompt": int64 (n,), a chat of shared.prompts as ids; "text", optional: int32 (k,), what the answer should
+    say, as code points. With it a checkpoint that has a recogniser draws several answers and gives the one that says
+    it best (`LlmSettings.candidates`), unless it streams. Parameters: the fields of SamplingSettings, all optional.
+    Outputs "mixed" int32 (m,), whole groups; "attempts" int32 (); "collapsed" bool (), true when the last attempt still
+    looped or found no end.
     """
 
     name = "llm"
@@ -46,18 +50,22 @@ class LlmModel:
         self.engine = make(checkpoint, device or chosen.device, chosen)
         temperature = checkpoint.metadata.temperature
         self._defaults: dict[str, float] = {} if temperature is None else {"temperature": temperature}
+        candidates = chosen.candidates or checkpoint.metadata.candidates
+        reads = candidates > 1 and checkpoint.has_recognizer
+        self._choice = WordChoice(load_recognizer(checkpoint), candidates) if reads else None
 
     def infer(self, requests: Sequence[InferenceRequest]) -> list[Tensors | Exception]:
         """One answer per request; they run side by side and need not be alike in anything."""
         submitted = [self._submitted(request) for request in requests]
-        return [one if isinstance(one, Exception) else _answer(one) for one in submitted]
+        return [one if isinstance(one, Exception) else self._answer(one, _text(request))
+                for one, request in zip(submitted, requests, strict=True)]  # fmt: skip
 
     def stream(self, request: InferenceRequest) -> Iterator[Tensors]:
         """The tokens in pieces of whole groups, each as soon as it is drawn; "collapsed" is true in the last at most.
 
         A stream is not drawn anew once a piece is out. Closing the iterator stops the work.
         """
-        generation = self._submit(request, streams=True)
+        [generation] = self._submit(request, [self._sampling(request)], streams=True)
         for piece in generation.pieces():
             yield _tensors(piece, 1, False) if isinstance(piece, np.ndarray) else _last(piece)
 
@@ -65,24 +73,45 @@ class LlmModel:
         """Stop the engine's thread; unfinished requests fail."""
         self.engine.close()
 
-    def _submitted(self, request: InferenceRequest) -> Generation | Exception:
+    def _submitted(self, request: InferenceRequest) -> list[Generation] | Exception:
         try:
-            return self._submit(request, streams=False)
+            settings, text = self._sampling(request), _text(request)
+            count = self._choice.count(text) if self._choice else 1
+            drawn = [replace(settings, seed=seed) for seed in seeds(settings.seed, count)]
+            return self._submit(request, drawn, streams=False)
         except Exception as error:
             return error
 
-    def _submit(self, request: InferenceRequest, *, streams: bool) -> Generation:
+    def _sampling(self, request: InferenceRequest) -> SamplingSettings:
+        return sampling_settings({**self._defaults, **request.parameters})
+
+    def _submit(
+        self, request: InferenceRequest, drawn: Sequence[SamplingSettings], *, streams: bool
+    ) -> list[Generation]:
+        """One generation for each of the settings, all of them or none."""
         prompt = np.ascontiguousarray(request.inputs["prompt"], dtype=np.int64).reshape(-1)
-        return self.engine.submit(
-            Generation(
-                prompt,
-                sampling_settings({**self._defaults, **request.parameters}),
-                deadline=request.deadline,
-                cancelled=request.cancelled,
-                priority=request.priority,
-                streams=streams,
-            )
-        )
+        generations: list[Generation] = []
+        try:
+            for settings in drawn:
+                generations.append(self.engine.submit(Generation(
+                    prompt, settings, deadline=request.deadline, cancelled=request.cancelled,
+                    priority=request.priority, streams=streams,
+                )))  # fmt: skip
+        except Exception:
+            for generation in generations:
+                generation.cancel()
+            raise
+        return generations
+
+    def _answer(self, generations: Sequence[Generation], text: str) -> Tensors | Exception:
+        try:
+            outcomes = [generation.result() for generation in generations]
+            outcome = self._choice.best(outcomes, text) if self._choice and len(outcomes) > 1 else outcomes[0]
+        except Exception as error:
+            for generation in generations:
+                generation.cancel()
+            return error
+        return _tensors(outcome.mixed, outcome.attempts, outcome.collapse is not None)
 
 
 def _builtin_engine(checkpoint: Checkpoint, device: str, chosen: LlmSettings) -> GenerationEngine:
@@ -144,12 +173,9 @@ def sampling_settings(parameters: Parameters) -> SamplingSettings:
     return SamplingSettings(**values)
 
 
-def _answer(generation: Generation) -> Tensors | Exception:
-    try:
-        outcome = generation.result()
-    except Exception as error:
-        return error
-    return _tensors(outcome.mixed, outcome.attempts, outcome.collapse is not None)
+def _text(request: InferenceRequest) -> str:
+    """What the answer should say; empty where the request does not tell."""
+    return "".join(map(chr, np.asarray(request.inputs.get("text", [])).reshape(-1).tolist()))
 
 
 def _last(outcome: Outcome) -> Tensors:

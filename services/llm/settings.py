@@ -23,6 +23,11 @@ class LlmSettings(BaseSettings):
         default="none", description="int8 halves the weights and speeds up small batches on CPUs."
     )
     slots: int = Field(default=16, ge=1, le=256, description="Sequences that are generated side by side.")
+    candidates: int | None = Field(
+        default=None, ge=1, le=32,
+        description="Answers drawn where the text is known, of which the checkpoint's recogniser keeps the one that "
+        "says it best; left out, as many as the checkpoint names. 1 draws once.",
+    )  # fmt: skip
     context: int = Field(default=8192, ge=64, description="Most tokens of one sequence, prompt and result together.")
     queue_limit: int = Field(default=256, ge=1, description="Requests that may wait; more are refused as overload.")
     prefix_cache_tokens: int = Field(

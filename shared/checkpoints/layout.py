@@ -29,6 +29,7 @@ LINGUISTIC_FOLDER = "dengcunqin/speech_paraformer-large_asr_nat-zh-cantonese-en-
 METADATA_FILE = "editx.json"
 REWARD_FOLDER = "reward"
 REWARD_HEAD = "reward_head.safetensors"
+RECOGNIZER_FILE = "recognizer.safetensors"
 
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What building a model from settings of another form may raise."""
@@ -80,7 +81,8 @@ class Metadata(BaseModel):
     """Contents of ``editx.json``. ``trained_on`` is None for a release that does not say: take the published edits.
 
     ``trim_before_mel`` says that the flow learned from reference mels cut like their codes; the official one did not.
-    ``temperature`` is what the language model's tokens are best drawn at; None leaves the usual 0.7.
+    ``temperature`` is what the language model's tokens are best drawn at; None leaves the usual 0.7. ``candidates`` is
+    how many answers to draw where the recogniser, if there is one, can tell which says its text best.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -90,6 +92,7 @@ class Metadata(BaseModel):
     trained_on: TrainedOn | None = None
     trim_before_mel: bool = False
     temperature: float | None = Field(default=None, ge=0.0, le=2.0)
+    candidates: int = Field(default=1, ge=1, le=32)
 
     def knows(self, edit_type: str, detail: str | None = None) -> bool:
         """Whether this checkpoint was trained on an edit type (and detail, such as ``emotion`` and ``happy``).
@@ -280,6 +283,16 @@ class Checkpoint:
     def semantic_onnx(self) -> Path:
         """The semantic tokenizer."""
         return self._find("semantic tokenizer", [self.tokenizer_dir], ["speech_tokenizer_v1.onnx"])
+
+    @property
+    def recognizer_file(self) -> Path:
+        """The recogniser on audio tokens, which the published release has not."""
+        return self._find("recogniser", [self.root], [RECOGNIZER_FILE])
+
+    @property
+    def has_recognizer(self) -> bool:
+        """Whether the checkpoint can tell which of several answers says its text best."""
+        return (self.root / RECOGNIZER_FILE).is_file()
 
     @property
     def reward_dirs(self) -> tuple[Path, ...]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from shared.checkpoints import decoder, manifest, reward
+from shared.checkpoints import decoder, manifest, recognizer, reward
 from shared.checkpoints.layout import MALFORMED, Checkpoint, InvalidCheckpoint, read_json
 from shared.checkpoints.tokenizer import load_mel_config
 from shared.checkpoints.unfilled import unfilled
@@ -24,6 +24,7 @@ from shared.codes import AUDIO_VOCAB, LINGUISTIC_SIZE
 from shared.errors import MissingComponent, UserError
 from shared.models.flow import Flow, FlowConfig
 from shared.models.linguistic import LinguisticConfig, LinguisticEncoder
+from shared.models.recognizer import Recognizer
 from shared.models.step1 import Step1, Step1Config
 from shared.models.weight_norm import fold_weight_norm
 
@@ -112,6 +113,8 @@ def verify(checkpoint: Checkpoint, *, hashes: bool = True) -> Report:
     }
     if (checkpoint.root / reward.FOLDER).is_dir():
         checks["reward model"] = _reward
+    if checkpoint.has_recognizer:
+        checks["recogniser"] = _recognizer
     if hashes and (checkpoint.root / manifest.FILE).is_file():
         checks["hashes"] = _hashes
     components = []
@@ -202,6 +205,12 @@ def _reward(checkpoint: Checkpoint, component: ComponentReport) -> None:
     shapes = {"weight": (1, config.hidden_size), "bias": (1,), "mean": (), "std": ()}
     head = {name: TensorHeader(shape, "float32") for name, shape in shapes.items()}
     component.findings += compare(head, read_headers(folder / reward.HEAD))
+
+
+def _recognizer(checkpoint: Checkpoint, component: ComponentReport) -> None:
+    component.files = [checkpoint.recognizer_file]
+    config = recognizer.read_config(checkpoint.recognizer_file)
+    _weigh(component, headers_of(lambda: Recognizer(config)), read_headers(checkpoint.recognizer_file))
 
 
 def _text_tokenizer(checkpoint: Checkpoint, component: ComponentReport) -> None:

@@ -85,3 +85,20 @@ def test_pauses_bound_vad_where_the_mel_lasts_as_long_as_the_tokens(frames: int,
     GenerateHandler(model, encode).run(FakeStep(request, 1, {"tokens": source.to_bytes()}))
     _, _, parameters = model.calls[0]
     assert parameters["max_groups"] == int(most)
+
+
+@pytest.mark.parametrize(
+    ("edit", "text", "said"),
+    [
+        (Edit(type="emotion", detail="happy"), "Well.", "Well."),
+        (Edit(type="clone", target_text="So."), "Well.", "So."),
+        (Edit(type="denoise"), None, None),
+    ],
+)
+def test_the_model_is_told_what_the_answer_should_say(edit: Edit, text: str | None, said: str | None) -> None:
+    model = FakeInference(write)
+    step = FakeStep(JobRequest(edit=edit, text=text), 1, {"tokens": tokenized().to_bytes()})
+    GenerateHandler(model, encode).run(step)
+    _, inputs, _ = model.calls[0]
+    told = "".join(map(chr, inputs["text"])) if "text" in inputs else None
+    assert told == said

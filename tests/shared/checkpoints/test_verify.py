@@ -8,11 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from shared.checkpoints import manifest
-from shared.checkpoints.layout import DECODER_FOLDER, EDITX_FOLDER, LINGUISTIC_FOLDER, TOKENIZER_FOLDER, Checkpoint
+from shared.checkpoints.layout import (
+    DECODER_FOLDER,
+    EDITX_FOLDER,
+    LINGUISTIC_FOLDER,
+    TOKENIZER_FOLDER,
+    Checkpoint,
+    InvalidCheckpoint,
+)
+from shared.checkpoints.recognizer import load_recognizer, save_recognizer
 from shared.checkpoints.verify import Report, verify
+from shared.models.recognizer import Recognizer, RecognizerConfig
 from tests.fixtures.tiny import with_reward
 
 DECODER = f"{EDITX_FOLDER}/{DECODER_FOLDER}"
@@ -254,3 +264,21 @@ def test_a_reward_model_is_checked_where_there_is_one(root: Path, tmp_path: Path
     found = findings(check(judged))["reward model"]
     assert "wrong weight shape [1, 7], expected [1, 48]" in found
     assert any(line.startswith("missing mean") for line in found)
+
+
+def test_a_recogniser_is_checked_where_there_is_one(root: Path) -> None:
+    file = root / "recognizer.safetensors"
+    save_recognizer(Recognizer(RecognizerConfig(size=16, num_blocks=1, attention_heads=2, linear_units=24)), file)
+    report = check(root)
+    assert report.ok
+    assert "recogniser" in {component.name for component in report.components}
+    with safe_open(file, framework="pt") as opened:
+        facts = opened.metadata()
+    state = load_file(file)
+    del state["head.bias"]
+    save_file(state, file, metadata=facts)
+    assert findings(check(root)) == {"recogniser": ["missing head.bias float32 [29]"]}
+    save_file(state, file)
+    assert "no recogniser" in findings(check(root))["recogniser"][0]
+    with pytest.raises(InvalidCheckpoint):
+        load_recognizer(Checkpoint.resolve(root))

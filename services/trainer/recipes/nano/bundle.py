@@ -34,6 +34,7 @@ PARTS = {
     "tokenizers": ("audio", "whisper"),
     "decoder": ("audio", "runs/linguistic", "runs/semantic", "runs/speaker"),
     "llm": ("codes", "plain", "runs/text", "runs/linguistic", "runs/semantic"),
+    "recognizer": ("codes", "plain", "runs/flow"),
 }
 """What each part reads. The runs before a step travel without their optimizers."""
 

@@ -19,21 +19,32 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from services.trainer.data import paralinguistic_sounds
-from services.trainer.recipes.nano import flow, linguistic, llm, semantic, speaker, teacher, text_tokenizer
+from services.trainer.recipes.nano import flow, linguistic, llm, recognizer, semantic, speaker, teacher, text_tokenizer
 from services.trainer.recipes.nano.run import TRAINED, Run
 from shared.checkpoints import manifest
 from shared.checkpoints.export import export_semantic_onnx, export_speaker_onnx, save_linguistic
-from shared.checkpoints.layout import DECODER_FOLDER, EDITX_FOLDER, LINGUISTIC_FOLDER, TOKENIZER_FOLDER, Checkpoint
+from shared.checkpoints.layout import (
+    DECODER_FOLDER,
+    EDITX_FOLDER,
+    LINGUISTIC_FOLDER,
+    RECOGNIZER_FILE,
+    TOKENIZER_FOLDER,
+    Checkpoint,
+)
+from shared.checkpoints.recognizer import save_recognizer
 from shared.models.flow import Flow, FlowConfig
+from shared.models.recognizer import Recognizer
 from shared.models.spectral import SpectralConfig, SpectralVocoder
 from shared.models.step1 import Step1
 from shared.prompts import TextTokenizer
 
-VERSION = "0.6.0"
+VERSION = "0.7.0"
 SPEAKER_FILE = Path(EDITX_FOLDER) / DECODER_FOLDER / "campplus.onnx"
 TOKENIZERS = ("linguistic", "semantic", "speaker")
 TEMPERATURE = 0.2
 """Of 0.2, 0.4 and 0.7 the one with the fewest wrong words, on sentences and voices outside the benchmark."""
+CANDIDATES = 8
+"""Answers of which the recogniser keeps one."""
 MEL = {
     "num_mels": 80,
     "n_fft": 1920,
@@ -93,6 +104,12 @@ def write_decoder(folder: Path) -> None:
     (folder / "cosyvoice.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
 
 
+def write_recognizer(root: Path) -> None:
+    model = Recognizer(recognizer.config())
+    load("recognizer", "model", model)
+    save_recognizer(model, root / RECOGNIZER_FILE)
+
+
 def write_tokenizers(root: Path) -> None:
     """The two tokenizers and the speaker encoder, from their runs."""
     folder = root / TOKENIZER_FOLDER
@@ -147,6 +164,7 @@ def main() -> None:
     steps = {name: Run(name, {}, 0).step for name in TRAINED}
     write_language_model(root / EDITX_FOLDER)
     write_decoder(decoder)
+    write_recognizer(root)
     if arguments.tokenizers is None:
         write_tokenizers(root)
     else:
@@ -157,6 +175,7 @@ def main() -> None:
         "trained_on": TRAINED_ON,
         "trim_before_mel": True,
         "temperature": TEMPERATURE,
+        "candidates": CANDIDATES,
         "steps": steps,
     }
     (root / "editx.json").write_text(json.dumps(document, indent=2) + "\n")

@@ -1,5 +1,5 @@
-"""Put a released checkpoint back into runs, to train its language model, flow and vocoder on elsewhere: `python -m
-services.trainer.recipes.nano.restore models/nano`.
+"""Put a released checkpoint back into runs, to train its language model, flow, vocoder and recogniser on elsewhere:
+`python -m services.trainer.recipes.nano.restore models/nano`.
 
 The tokenizers stay as they are, since everything else was trained on their codes; `codes` and `plain` take them from
 the checkpoint with `--checkpoint`. Optimizers start anew. A run that is there is left alone.
@@ -43,6 +43,8 @@ def restore(root: str | Path) -> None:
     average = {f"module.{key}": value.clone() for key, value in flow.items()}
     write_run("flow", {"model": flow, "average": {"n_averaged": torch.tensor(steps["flow"]), **average}}, steps["flow"])
     write_run("vocoder", {"model": _weights(checkpoint.vocoder_file)}, steps["vocoder"])
+    if checkpoint.has_recognizer:
+        write_run("recognizer", {"model": _weights(checkpoint.recognizer_file)}, steps["recognizer"])
 
 
 def _weights(file: Path) -> dict[str, Tensor]:

@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from services.trainer.recipes.nano import assets
+from services.trainer.recipes.nano.muon import Muon
 from shared.checkpoints.weights import default_dtype
 
-TRAINED = ("linguistic", "speaker", "semantic", "flow", "vocoder", "llm")
+TRAINED = ("linguistic", "speaker", "semantic", "flow", "vocoder", "llm", "recognizer")
 """The trainings of the small checkpoint, in order."""
 
 
@@ -109,7 +110,7 @@ class Run:
 
 
 class Optimizer:
-    """Muon (Jordan et al., 2024) for the matrices inside a model, AdamW for everything else, behind one face.
+    """Muon for the matrices inside a model, AdamW for everything else, behind one face.
 
     A small model on a CPU gets further per step with it. The two share a learning rate: Muon's updates are scaled to
     the size of AdamW's.
@@ -129,7 +130,7 @@ class Optimizer:
             is_inside = parameter.ndim == 2 and not any(part in name for part in outside)
             (inside if is_inside else other).append(parameter)
         self.parts = (
-            torch.optim.Muon(inside, lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            Muon(inside, lr, weight_decay=weight_decay),
             torch.optim.AdamW(other, lr, betas=betas, weight_decay=weight_decay),
         )
 

@@ -1,0 +1,90 @@
+"""A small CTC recogniser on audio tokens: which letters a sequence of codes says, and how likely it says a text.
+
+Embedding, look-ahead and conformer layers are the flow encoder's before doubling, so training starts from a trained
+flow. It reads Latin letters; of texts in other scripts it says nothing. Knows nothing about edits or files.
+(CTC: Graves et al., 2006.)
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from operator import eq
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared.models.flow.embedding import DualCodebookEmbedding
+from shared.models.flow.encoder import ConformerLayer, EncoderConfig, InputLayer, LookaheadLayer, relative_positions
+
+LETTERS = " 'abcdefghijklmnopqrstuvwxyz"
+BLANK = 0
+WORST_LOSS = 20.0
+"""Per letter, of a text that cannot be said in so few frames."""
+_BRACKETED = re.compile(r"\[[^\]]*\]")
+_NOT_LETTERS = re.compile(r"[^a-z']+")
+
+
+@dataclass(frozen=True)
+class RecognizerConfig:
+    """Sizes of the recogniser; `layers` is an encoder's of the flow, of which the doubling part is not used."""
+
+    vocab_size: int = 5121
+    size: int = 256
+    num_blocks: int = 3
+    attention_heads: int = 4
+    linear_units: int = 768
+    lookahead: int = 3
+
+    @property
+    def layers(self) -> EncoderConfig:
+        return EncoderConfig(
+            input_size=self.size, output_size=self.size, pre_lookahead_len=self.lookahead, num_blocks=self.num_blocks,
+            attention_heads=self.attention_heads, linear_units=self.linear_units, dropout_rate=0.0,
+        )  # fmt: skip
+
+
+def letters(text: str) -> list[int]:
+    """The letters that a reader of the text says, as ids from 1; sounds in brackets, digits and punctuation are left
+    out. Empty for a text in another script, in whole or in part."""
+    spoken = _BRACKETED.sub(" ", text).lower().replace("’", "'")
+    if any(char.isalpha() and char not in LETTERS for char in spoken):
+        return []
+    words = _NOT_LETTERS.sub(" ", spoken).strip()
+    return [LETTERS.index(char) + 1 for char in words]
+
+
+class Recognizer(nn.Module):
+    """Pairs of codes at 25 Hz to letters."""
+
+    def __init__(self, config: RecognizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        layers = config.layers
+        self.embedding = DualCodebookEmbedding(config.vocab_size, config.size)
+        self.embed = InputLayer(config.size, config.size, 0.0)
+        self.pre_lookahead_layer = LookaheadLayer(config.size, config.lookahead)
+        self.encoders = nn.ModuleList(ConformerLayer(layers) for _ in range(config.num_blocks))
+        self.norm = nn.LayerNorm(config.size)
+        self.head = nn.Linear(config.size, len(LETTERS) + 1)
+
+    def forward(self, pairs: Tensor, lengths: Tensor) -> Tensor:
+        """Pairs (B, T, 2) with lengths (B,) -> log probabilities (B, T, letters + 1) float32, the blank first."""
+        mask = torch.arange(pairs.shape[1], device=pairs.device) < lengths[:, None]
+        x = self.embed(self.embedding(pairs)) * mask[..., None]
+        x, _ = self.pre_lookahead_layer(F.pad(x, (0, 0, 0, self.config.lookahead)), None)
+        positions = relative_positions(x.shape[1], x.shape[2], x)
+        for layer in self.encoders:
+            x, _ = layer(x, positions, mask, None)
+        out: Tensor = self.head(self.norm(x)).float().log_softmax(-1)
+        return out
+
+    def loss(self, pairs: Tensor, lengths: Tensor, texts: list[list[int]]) -> Tensor:
+        """Minus the log likelihood per letter of texts (of `letters`, none empty), (B,) float32; at most WORST_LOSS."""
+        counts = torch.tensor([len(text) for text in texts], device=pairs.device)
+        wanted = torch.tensor([letter for text in texts for letter in text], device=pairs.device)
+        repeats = torch.tensor([sum(map(eq, text, text[1:])) for text in texts], device=pairs.device)
+        by_frame = self(pairs, lengths).transpose(0, 1)
+        total = F.ctc_loss(by_frame, wanted, lengths, counts, blank=BLANK, reduction="none", zero_infinity=True)
+        return torch.where(counts + repeats <= lengths, (total / counts).clamp(max=WORST_LOSS), WORST_LOSS)

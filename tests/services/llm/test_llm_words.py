@@ -1,0 +1,130 @@
+"""Several answers and the choice among them by their words."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from services.llm.model import LlmModel
+from services.llm.requests import Collapse, Outcome
+from services.llm.settings import LlmSettings
+from services.llm.words import WordChoice, seeds
+from shared.checkpoints import Checkpoint
+from shared.checkpoints.layout import RECOGNIZER_FILE
+from shared.checkpoints.recognizer import save_recognizer
+from shared.codes import interleave, time_align
+from shared.errors import UserError
+from shared.inference.port import InferenceRequest, Tensors
+from shared.models.recognizer import Recognizer, RecognizerConfig, letters
+from shared.schemas.request import SEED_MAX
+
+TEXT = "so it was"
+CONFIG = RecognizerConfig(size=32, num_blocks=1, attention_heads=2, linear_units=48)
+
+
+@pytest.fixture(scope="module")
+def recognizer() -> Recognizer:
+    torch.manual_seed(3)
+    return Recognizer(CONFIG).eval()
+
+
+@pytest.fixture(scope="module")
+def reading(checkpoint: Checkpoint, recognizer: Recognizer, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The tiny checkpoint with a recogniser and four candidates."""
+    folder: Path = tmp_path_factory.mktemp("reading") / "tiny"
+    shutil.copytree(checkpoint.root, folder)
+    save_recognizer(recognizer, folder / RECOGNIZER_FILE, dtype=torch.float32)
+    (folder / "editx.json").write_text('{"name": "tiny", "candidates": 4}')
+    return Checkpoint.resolve(folder)
+
+
+@pytest.fixture(scope="module")
+def model(reading: Checkpoint) -> Iterator[LlmModel]:
+    made = LlmModel(reading, settings=LlmSettings(slots=4, context=1024, dtype="float32"))
+    yield made
+    made.close()
+
+
+def codes(groups: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return interleave(rng.integers(0, 1024, groups * 2), rng.integers(0, 4096, groups * 3)).astype(np.int32)
+
+
+def outcome(seed: int, collapse: Collapse | None = None) -> Outcome:
+    return Outcome(codes(8, seed), 1, collapse)
+
+
+def asked(seed: int, text: str | None = None, **parameters: int) -> InferenceRequest:
+    inputs: Tensors = {"prompt": np.arange(5, 25, dtype=np.int64)}
+    if text is not None:
+        inputs["text"] = np.array([ord(character) for character in text], np.int32)
+    return InferenceRequest(inputs, {"seed": seed, "min_groups": 4, "max_groups": 8, "attempts": 1, **parameters})
+
+
+def answered(model: LlmModel, request: InferenceRequest) -> Tensors:
+    [answer] = model.infer([request])
+    assert isinstance(answer, dict)
+    return answer
+
+
+def loss(recognizer: Recognizer, mixed: np.ndarray) -> float:
+    pairs = time_align(torch.from_numpy(mixed).long())[None]
+    with torch.inference_mode():
+        return float(recognizer.loss(pairs, torch.tensor([pairs.shape[1]]), [letters(TEXT)]))
+
+
+def test_the_first_seed_is_the_requests_own_and_all_are_in_range() -> None:
+    found = seeds(SEED_MAX - 1, 8)
+    assert found[0] == SEED_MAX - 1
+    assert len(set(found)) == 8
+    assert all(0 <= seed <= SEED_MAX for seed in found)
+
+
+def test_the_likeliest_answer_is_kept(recognizer: Recognizer) -> None:
+    outcomes = [outcome(seed) for seed in range(5)]
+    best = WordChoice(recognizer, 5).best(outcomes, TEXT)
+    assert loss(recognizer, best.mixed) == min(loss(recognizer, one.mixed) for one in outcomes)
+
+
+def test_an_answer_that_collapsed_is_kept_only_where_all_did(recognizer: Recognizer) -> None:
+    choice = WordChoice(recognizer, 3)
+    sound = outcome(1)
+    assert choice.best([outcome(0, "loop"), sound, outcome(2, "no_end")], TEXT) is sound
+    assert choice.best([outcome(0, "loop"), outcome(2, "loop")], TEXT).collapse == "loop"
+
+
+def test_the_model_draws_as_many_as_the_checkpoint_says_and_gives_the_best(
+    model: LlmModel, recognizer: Recognizer
+) -> None:
+    drawn = [answered(model, asked(seed))["mixed"] for seed in seeds(7, 4)]
+    losses = [loss(recognizer, mixed) for mixed in drawn]
+    np.testing.assert_array_equal(answered(model, asked(7, TEXT))["mixed"], drawn[int(np.argmin(losses))])
+
+
+@pytest.mark.parametrize("text", [None, "", "他说", "1984"])
+def test_a_text_that_cannot_be_read_is_answered_once(model: LlmModel, text: str | None) -> None:
+    np.testing.assert_array_equal(answered(model, asked(7, text))["mixed"], answered(model, asked(7))["mixed"])
+
+
+def test_the_operator_may_ask_for_one(reading: Checkpoint, model: LlmModel) -> None:
+    single = LlmModel(reading, settings=LlmSettings(slots=4, context=1024, dtype="float32", candidates=1))
+    try:
+        expected = answered(model, asked(7))["mixed"]
+        np.testing.assert_array_equal(answered(single, asked(7, TEXT))["mixed"], expected)
+    finally:
+        single.close()
+
+
+def test_a_request_that_cannot_be_drawn_fails_alone_and_leaves_nothing_running(model: LlmModel) -> None:
+    refused, fine = model.infer([asked(1, TEXT, min_groups=9, max_groups=8), asked(2, TEXT)])
+    assert isinstance(refused, UserError)
+    assert isinstance(fine, dict)
+    assert model.engine.load == (0, 0)
+
+
+def test_a_stream_draws_once(model: LlmModel) -> None:
+    pieces = [piece["mixed"] for piece in model.stream(asked(7, TEXT))]
+    np.testing.assert_array_equal(np.concatenate(pieces), answered(model, asked(7))["mixed"])
