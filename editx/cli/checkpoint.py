@@ -57,13 +57,14 @@ def info(checkpoint: Source = "nano", as_json: AsJson = False) -> None:
 
     found = Checkpoint.resolve(checkpoint)
     metadata, lock = found.metadata, read_lock(found.root)
+    components = COMPONENTS | ({"recogniser": "recognizer_file"} if found.has_recognizer else {})
     document: dict[str, Any] = {
         "root": str(found.root),
         "metadata": metadata.model_dump(mode="json"),
         "revisions": {folder: f"{part.repository}@{part.revision}" for folder, part in lock.folders.items()}
         if lock
         else {},
-        "components": {name: _component(found, attribute) for name, attribute in COMPONENTS.items()},
+        "components": {name: _component(found, attribute) for name, attribute in components.items()},
     }
     if as_json:
         _print_json(document)

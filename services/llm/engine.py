@@ -8,6 +8,8 @@ bits in any batch (services.llm.decoding), and sampling is counter-based. Knows 
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from services.llm.decoding import Decoder, ExactDecoder, StaticDecoder
 from services.llm.prefix import PrefixCache
 from services.llm.requests import IDLE_S, Draft, EngineSettings, Generation, GenerationEngine, Outcome
 from services.llm.sampling import END
+from services.llm.threads import is_small, threads
 from shared.codes import AUDIO_VOCAB
 from shared.inference.port import InferenceUnavailable
 from shared.models.step1 import Step1
@@ -46,12 +49,16 @@ class Engine(GenerationEngine):
         self._offset = audio_offset
         choices = torch.tensor([*range(audio_offset, audio_offset + AUDIO_VOCAB), eos], device=model.device)
         make = StaticDecoder if model.device.type == "cuda" else ExactDecoder
-        with torch.inference_mode():
+        own_threads = 1 if is_small(model) else torch.get_num_threads()
+        with torch.inference_mode(), threads(own_threads):
             self._decoder: Decoder = make(model, choices, slots=self.settings.slots, capacity=self.settings.context)
         self._prefixes = PrefixCache(self.settings.prefix_cache_tokens, model.chunk)
         self._running: list[_Sequence] = []
         self._free = list(range(self.settings.slots))
-        self._begin_work()
+        self._begins = threading.Event()
+        with threads(own_threads):
+            self._begin_work()
+            self._begins.wait()
 
     @property
     def prefix_hits(self) -> int:
@@ -59,6 +66,8 @@ class Engine(GenerationEngine):
 
     @torch.inference_mode()
     def _loop(self) -> None:
+        torch.get_num_threads()  # the thread takes over torch's number here, and keeps it
+        self._begins.set()
         while self._waiting.is_open:
             try:
                 self._drop_refused()

@@ -174,8 +174,11 @@ def sampling_settings(parameters: Parameters) -> SamplingSettings:
 
 
 def _text(request: InferenceRequest) -> str:
-    """What the answer should say; empty where the request does not tell."""
-    return "".join(map(chr, np.asarray(request.inputs.get("text", [])).reshape(-1).tolist()))
+    """What the answer should say; empty where the request does not tell. Raises UserError."""
+    try:
+        return "".join(map(chr, np.asarray(request.inputs.get("text", [])).reshape(-1).tolist()))
+    except (ValueError, OverflowError, TypeError) as error:
+        raise UserError("The text is no list of Unicode code points.", "", "invalid_text") from error
 
 
 def _last(outcome: Outcome) -> Tensors:

@@ -3,17 +3,19 @@
 import copy
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from services.llm import engine as engine_module
 from services.llm.decoding import ExactDecoder, StaticDecoder, row_multiple
 from services.llm.engine import Engine
 from services.llm.requests import EngineSettings, Generation, Outcome
 from services.llm.sampling import END, Sampler, SamplingSettings
+from services.llm.threads import threads
 from shared.codes import split
 from shared.errors import UserError
 from shared.inference.port import DeadlineExceeded, InferenceUnavailable, RequestCancelled
@@ -302,3 +304,21 @@ def test_the_engine_gives_what_prefill_and_decode_by_hand_give(tiny: Step1, make
     while sampler.choose(tiny.lm_head(hidden)[order].detach().numpy()) != END:
         hidden = tiny.decode(torch.tensor([AUDIO_OFFSET + sampler.tokens[-1]]), cache, [0])[0]
     np.testing.assert_array_equal(make_engine(tiny).submit(generation).result().mixed, sampler.tokens)
+
+
+def test_a_small_model_on_a_cpu_works_on_one_thread_and_leaves_the_others_theirs(
+    tiny: Step1, make_engine: MakeEngine
+) -> None:
+    seen: list[int] = []
+    with threads(2):
+        engine = make_engine(tiny)
+        decode = engine._decoder.step
+
+        def watched(tokens: Sequence[int], slots: Sequence[int]) -> Tensor:
+            seen.append(torch.get_num_threads())
+            return decode(tokens, slots)
+
+        engine._decoder.step = watched  # type: ignore[method-assign]
+        engine.submit(ask(1)).result()
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 2

@@ -125,6 +125,13 @@ def test_a_request_that_cannot_be_drawn_fails_alone_and_leaves_nothing_running(m
     assert model.engine.load == (0, 0)
 
 
+def test_a_text_that_is_none_is_refused(model: LlmModel) -> None:
+    request = asked(1)
+    request.inputs["text"] = np.array([-1], np.int32)
+    [refused] = model.infer([request])
+    assert isinstance(refused, UserError)
+
+
 def test_a_stream_draws_once(model: LlmModel) -> None:
     pieces = [piece["mixed"] for piece in model.stream(asked(7, TEXT))]
     np.testing.assert_array_equal(np.concatenate(pieces), answered(model, asked(7))["mixed"])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from services.trainer.data import paralinguistic_sounds
@@ -135,8 +135,11 @@ def write_tokenizers(root: Path) -> None:
 
 
 def copy_tokenizers(released: Checkpoint, root: Path) -> dict[str, int]:
-    """The same from a released checkpoint; the steps that they were trained for."""
+    """The same from a released checkpoint, the linguistic encoder in float16; the steps that they were trained for."""
     shutil.copytree(released.root / TOKENIZER_FOLDER, root / TOKENIZER_FOLDER, dirs_exist_ok=True)
+    linguistic_file = Checkpoint(root).linguistic_file
+    state = {name: tensor.half() for name, tensor in load_file(linguistic_file).items()}
+    save_file(state, linguistic_file)
     shutil.copy(released.speaker_onnx, root / SPEAKER_FILE)
     steps = json.loads((released.root / "editx.json").read_text())["steps"]
     return {name: steps[name] for name in TOKENIZERS}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -169,10 +169,15 @@ def main() -> None:
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--groups", type=int, help="longer excerpts, as many fewer of them: for longer references")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = pick_device()
     recipe = GPU if device.type == "cuda" else CPU
+    if arguments.groups:
+        recipe = replace(
+            recipe, groups=arguments.groups, batch=max(1, recipe.batch * recipe.groups // arguments.groups)
+        )
     torch.manual_seed(5)
     flow = Flow(FlowConfig.from_dict(SECTION))
     start_embedding(flow)
