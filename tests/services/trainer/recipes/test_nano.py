@@ -26,15 +26,19 @@ from services.trainer.recipes.nano import (
     flow,
     llm,
     perturbed,
+    recognizer,
     restore,
     sounds,
     text_tokenizer,
     texts,
 )
+from services.trainer.recipes.nano.codes import Item
 from services.trainer.recipes.nano.quantizer import Codebook
 from services.trainer.recipes.nano.run import Run, cosine
 from services.trainer.recipes.nano.teacher import MANNERS, SAMPLE_RATE_HZ, shift_formants, whisperise
+from shared.codes import LINGUISTIC_PAD
 from shared.models.flow import Flow, FlowConfig
+from shared.models.recognizer import Recognizer
 from shared.models.spectral import SpectralConfig, SpectralVocoder
 from shared.models.step1 import Step1
 from shared.prompts import TextTokenizer
@@ -217,7 +221,7 @@ def test_a_released_checkpoint_becomes_runs_again_with_its_weights_and_steps(
     monkeypatch.setenv("EDITX_DATA", str(tmp_path / "data"))
     root = tmp_path / "released"
     shutil.copytree(NANO, root)
-    steps = {"llm": 6, "flow": 5, "vocoder": 4}
+    steps = {"llm": 6, "flow": 5, "vocoder": 4, "recognizer": 3}
     (root / "editx.json").write_text(json.dumps({"name": "nano", "steps": steps}))
     restore.restore(root)
     model = Step1(llm.config(llm.CPU, TextTokenizer.from_file(text_tokenizer.tokenizer_file()).vocab_size))
@@ -228,6 +232,12 @@ def test_a_released_checkpoint_becomes_runs_again_with_its_weights_and_steps(
     assert Run("flow", {"average": average}, 0).step == 5
     assert int(average.n_averaged) == 5
     assert Run("vocoder", {"model": SpectralVocoder(SpectralConfig())}, 0).step == 4
+    assert Run("recognizer", {"model": Recognizer(recognizer.config())}, 0).step == 3
+    fresh = Recognizer(recognizer.config())
+    recognizer.start(fresh)
+    known = average.module.state_dict()
+    assert torch.equal(fresh.embedding.embedding.weight, known["input_embedding.embedding.weight"])
+    assert torch.equal(fresh.encoders[2].norm_ff.weight, known["encoder.encoders.2.norm_ff.weight"])  # type: ignore[union-attr]
     restore.write_run("llm", {}, 99)
     assert Run("llm", {}, 0).step == 6, "a run that is there is left alone"
 
@@ -237,6 +247,27 @@ def test_the_tokenizers_of_a_release_give_codes_and_a_voice() -> None:
     linguistic, semantic = tokenizers(voice(1.2)[::3].copy())
     assert (len(linguistic), len(semantic)) == (10, 15)  # of 0.6 s
     assert tokenizers.voice(voice(1.2)).shape == (192,)
+
+
+def test_readings_for_the_recogniser_are_english_and_speakable_and_a_batch_keeps_their_lengths() -> None:
+    rng = np.random.default_rng(0)
+
+    def reading(text: str, language: str, groups: int) -> Item:
+        made = rng.integers(0, 1024, groups * 2), rng.integers(0, 4096, groups * 3)
+        return {"row": {"text": text, "language": language}, "clean": made}
+
+    found = recognizer.readings(
+        [reading("Well, it was.", "en", 9), reading("你好", "zh", 9), reading("So.", "en", 5),
+         reading("Far too much for so little time.", "en", 2)]
+    )  # fmt: skip
+    assert [len(one.letters) for one in found] == [2, 11]
+    recipe = recognizer.RecognizerRecipe(steps=1, frames=60, replaced=1.0)
+    for _ in range(6):
+        pairs, lengths, texts = recognizer.draw(found, rng, recipe)
+        assert lengths.tolist() in ([15], [15, 27], [27])
+        assert len(texts) == len(lengths)
+        assert bool((pairs[0, 2::3, 0][: lengths[0] // 3] == LINGUISTIC_PAD).all()), "what fills a pair stays"
+        assert bool((pairs[0, : lengths[0], 1] > LINGUISTIC_PAD).all())
 
 
 def test_replaced_codes_of_an_excerpt_keep_their_kind_and_padding_stays() -> None:
