@@ -23,6 +23,9 @@ from shared.inference.port import InferenceUnavailable
 from shared.models.step1 import Step1
 from shared.tallies import passed
 
+BEGIN_S = 10.0
+"""The longest wait for the engine's thread to begin."""
+
 
 class _Sequence(Draft):
     """A generation in a slot: first its prompt is read, then it draws tokens."""
@@ -49,16 +52,15 @@ class Engine(GenerationEngine):
         self._offset = audio_offset
         choices = torch.tensor([*range(audio_offset, audio_offset + AUDIO_VOCAB), eos], device=model.device)
         make = StaticDecoder if model.device.type == "cuda" else ExactDecoder
-        own_threads = 1 if is_small(model) else torch.get_num_threads()
-        with torch.inference_mode(), threads(own_threads):
-            self._decoder: Decoder = make(model, choices, slots=self.settings.slots, capacity=self.settings.context)
         self._prefixes = PrefixCache(self.settings.prefix_cache_tokens, model.chunk)
         self._running: list[_Sequence] = []
         self._free = list(range(self.settings.slots))
         self._begins = threading.Event()
-        with threads(own_threads):
+        with threads(1 if is_small(model) else torch.get_num_threads()):
+            with torch.inference_mode():
+                self._decoder: Decoder = make(model, choices, slots=self.settings.slots, capacity=self.settings.context)
             self._begin_work()
-            self._begins.wait()
+            self._begins.wait(BEGIN_S)
 
     @property
     def prefix_hits(self) -> int:

@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import numpy.typing as npt
 
 from services.llm.sampling import audible_share, groups_without_pauses, length_bounds
 from shared.artifacts import Generated, Tokenized
 from shared.codes import GROUP, GROUP_S
 from shared.errors import PermanentError
-from shared.inference.port import Inference, given
+from shared.inference.port import Inference, Tensors, given
 from shared.prompts import Turn, edit_turns
 from shared.schemas.edit import Edit
 from shared.schemas.request import SEED_MAX
@@ -57,7 +56,10 @@ class GenerateHandler:
         )
         began = time.perf_counter()
         seeds = [(int(parameters["seed"]) + number * SEED_STRIDE) % (SEED_MAX + 1) for number in range(count)]
-        found = self._generate_all(step, prompt, seeds, bounds)
+        said = edit.target_text or parameters["text"] or ""
+        told = {"text": np.array([ord(character) for character in said], np.int32)} if said else {}
+        inputs: Tensors = {"prompt": prompt, **told}
+        found = self._generate_all(step, inputs, seeds, bounds)
         names = [GENERATED] if count == 1 else [candidate(number) for number in range(count)]
         for name, generated in zip(names, found, strict=True):
             step.write(name, generated.to_bytes())
@@ -69,26 +71,19 @@ class GenerateHandler:
         step.measure("rtf", (time.perf_counter() - began) / seconds)
 
     def _generate_all(
-        self, step: StepContext, prompt: npt.NDArray[np.int64], seeds: list[int], bounds: tuple[int, int]
+        self, step: StepContext, inputs: Tensors, seeds: list[int], bounds: tuple[int, int]
     ) -> list[Generated]:
         """One candidate per seed, side by side so that they share a batch."""
         if len(seeds) == 1:
-            return [self._generate(step, prompt, seeds[0], bounds)]
+            return [self._generate(step, inputs, seeds[0], bounds)]
         with ThreadPoolExecutor(len(seeds)) as pool:
             contexts = [contextvars.copy_context() for _ in seeds]  # the trace goes along
-            calls = [pool.submit(context.run, self._generate, step, prompt, seed, bounds)
+            calls = [pool.submit(context.run, self._generate, step, inputs, seed, bounds)
                      for context, seed in zip(contexts, seeds, strict=True)]  # fmt: skip
             return [call.result() for call in calls]
 
-    def _generate(
-        self, step: StepContext, prompt: npt.NDArray[np.int64], seed: int, bounds: tuple[int, int]
-    ) -> Generated:
+    def _generate(self, step: StepContext, inputs: Tensors, seed: int, bounds: tuple[int, int]) -> Generated:
         parameters = given(**{name: step.step.parameters[name] for name in SAMPLING})
-        edit = Edit.model_validate(step.step.parameters["edit"])
-        text = edit.target_text or step.step.parameters["text"]
-        inputs = {"prompt": prompt}
-        if text:
-            inputs["text"] = np.array([ord(character) for character in text], np.int32)
         answer = self._inference.infer(
             MODEL,
             inputs,

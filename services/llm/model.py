@@ -57,8 +57,7 @@ class LlmModel:
     def infer(self, requests: Sequence[InferenceRequest]) -> list[Tensors | Exception]:
         """One answer per request; they run side by side and need not be alike in anything."""
         submitted = [self._submitted(request) for request in requests]
-        return [one if isinstance(one, Exception) else self._answer(one, _text(request))
-                for one, request in zip(submitted, requests, strict=True)]  # fmt: skip
+        return [one if isinstance(one, Exception) else self._answer(*one) for one in submitted]
 
     def stream(self, request: InferenceRequest) -> Iterator[Tensors]:
         """The tokens in pieces of whole groups, each as soon as it is drawn; "collapsed" is true in the last at most.
@@ -73,12 +72,13 @@ class LlmModel:
         """Stop the engine's thread; unfinished requests fail."""
         self.engine.close()
 
-    def _submitted(self, request: InferenceRequest) -> list[Generation] | Exception:
+    def _submitted(self, request: InferenceRequest) -> tuple[list[Generation], str] | Exception:
+        """The draws of a request and the text that they should say."""
         try:
             settings, text = self._sampling(request), _text(request)
             count = self._choice.count(text) if self._choice else 1
             drawn = [replace(settings, seed=seed) for seed in seeds(settings.seed, count)]
-            return self._submit(request, drawn, streams=False)
+            return self._submit(request, drawn, streams=False), text
         except Exception as error:
             return error
 
@@ -106,7 +106,7 @@ class LlmModel:
     def _answer(self, generations: Sequence[Generation], text: str) -> Tensors | Exception:
         try:
             outcomes = [generation.result() for generation in generations]
-            outcome = self._choice.best(outcomes, text) if self._choice and len(outcomes) > 1 else outcomes[0]
+            outcome = self._choice.best(outcomes, text) if self._choice else outcomes[0]
         except Exception as error:
             for generation in generations:
                 generation.cancel()

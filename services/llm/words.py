@@ -1,7 +1,7 @@
 """Several answers to one request, and the one that says its text best, as a checkpoint's recogniser reads it.
 
-A small language model leaves out or mumbles words in some of its draws; a recogniser on audio tokens costs a
-hundredth of another draw. Knows nothing about prompts and engines.
+A small language model leaves out or mumbles words in some of its draws; a recogniser on audio tokens reads one in a
+hundredth of the time that it takes to draw. Knows nothing about prompts and engines.
 """
 
 from __future__ import annotations

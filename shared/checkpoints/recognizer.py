@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from shared.checkpoints.layout import Checkpoint, InvalidCheckpoint
+from shared.checkpoints.unfilled import unfilled
+from shared.checkpoints.weights import read_weights
 from shared.models.recognizer import Recognizer, RecognizerConfig
 
 
@@ -26,16 +28,18 @@ def read_config(file: Path) -> RecognizerConfig:
         raise InvalidCheckpoint(f"{file} is no recogniser: {error}", "Fetch or train it again.") from error
 
 
-def load_recognizer(checkpoint: Checkpoint, *, device: str | torch.device = "cpu") -> Recognizer:
-    """The recogniser in eval mode, in float32. Raises MissingComponent, InvalidCheckpoint."""
+def load_recognizer(checkpoint: Checkpoint) -> Recognizer:
+    """The recogniser in eval mode, in float32, on the CPU. Raises MissingComponent, InvalidCheckpoint."""
     file = checkpoint.recognizer_file
-    model = Recognizer(read_config(file))
+    config = read_config(file)
+    with unfilled():
+        model = Recognizer(config)
+    state = {name: tensor.float() for name, tensor in read_weights(file).items()}
     try:
-        with safe_open(file, framework="pt") as opened:
-            model.load_state_dict({name: opened.get_tensor(name).float() for name in opened.keys()})  # noqa: SIM118
-    except (SafetensorError, OSError, RuntimeError) as error:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
         raise InvalidCheckpoint(f"{file} does not fit its sizes: {error}", "Fetch or train it again.") from error
-    return model.to(device).eval()
+    return model.requires_grad_(False).eval()
 
 
 def save_recognizer(model: Recognizer, file: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:

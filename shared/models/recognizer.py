@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.models.flow.embedding import DualCodebookEmbedding
-from shared.models.flow.encoder import ConformerLayer, EncoderConfig, InputLayer, LookaheadLayer, relative_positions
+from shared.models.flow.encoder import ConformerLayer, EncoderConfig, InputLayer, LookaheadLayer, run_layers
 
 LETTERS = " 'abcdefghijklmnopqrstuvwxyz"
 BLANK = 0
@@ -28,7 +28,7 @@ _NOT_LETTERS = re.compile(r"[^a-z']+")
 
 @dataclass(frozen=True)
 class RecognizerConfig:
-    """Sizes of the recogniser; `layers` is an encoder's of the flow, of which the doubling part is not used."""
+    """Sizes of the recogniser."""
 
     vocab_size: int = 5121
     size: int = 256
@@ -38,11 +38,10 @@ class RecognizerConfig:
     lookahead: int = 3
 
     @property
-    def layers(self) -> EncoderConfig:
-        return EncoderConfig(
-            input_size=self.size, output_size=self.size, pre_lookahead_len=self.lookahead, num_blocks=self.num_blocks,
-            attention_heads=self.attention_heads, linear_units=self.linear_units, dropout_rate=0.0,
-        )  # fmt: skip
+    def layer(self) -> EncoderConfig:
+        """Of one conformer layer."""
+        return EncoderConfig(output_size=self.size, attention_heads=self.attention_heads,
+                             linear_units=self.linear_units, dropout_rate=0.0)  # fmt: skip
 
 
 def letters(text: str) -> list[int]:
@@ -61,11 +60,10 @@ class Recognizer(nn.Module):
     def __init__(self, config: RecognizerConfig) -> None:
         super().__init__()
         self.config = config
-        layers = config.layers
         self.embedding = DualCodebookEmbedding(config.vocab_size, config.size)
         self.embed = InputLayer(config.size, config.size, 0.0)
         self.pre_lookahead_layer = LookaheadLayer(config.size, config.lookahead)
-        self.encoders = nn.ModuleList(ConformerLayer(layers) for _ in range(config.num_blocks))
+        self.encoders = nn.ModuleList(ConformerLayer(config.layer) for _ in range(config.num_blocks))
         self.norm = nn.LayerNorm(config.size)
         self.head = nn.Linear(config.size, len(LETTERS) + 1)
 
@@ -74,9 +72,7 @@ class Recognizer(nn.Module):
         mask = torch.arange(pairs.shape[1], device=pairs.device) < lengths[:, None]
         x = self.embed(self.embedding(pairs)) * mask[..., None]
         x, _ = self.pre_lookahead_layer(F.pad(x, (0, 0, 0, self.config.lookahead)), None)
-        positions = relative_positions(x.shape[1], x.shape[2], x)
-        for layer in self.encoders:
-            x, _ = layer(x, positions, mask, None)
+        x, _ = run_layers(self.encoders, x, mask, [None] * len(self.encoders))
         out: Tensor = self.head(self.norm(x)).float().log_softmax(-1)
         return out
 

@@ -136,6 +136,19 @@ class ConformerLayer(nn.Module):
         return x + self.dropout(self.feed_forward(self.norm_ff(x))), seen
 
 
+def run_layers(
+    layers: nn.ModuleList, x: Tensor, mask: Tensor | None, past: Sequence[KeyValue | None]
+) -> tuple[Tensor, list[KeyValue]]:
+    """x (B, T, C) through conformer layers, each with what it has seen before; x and what each has seen now."""
+    known = past[0].keys.shape[2] if past and past[0] is not None else 0
+    positions = relative_positions(known + x.shape[1], x.shape[2], x)
+    seen = []
+    for layer, before in zip(layers, past, strict=True):
+        x, now = layer(x, positions, mask, before)
+        seen.append(now)
+    return x, seen
+
+
 class InputLayer(nn.Module):
     """Linear, LayerNorm, dropout, and the factor sqrt(C) that belongs to the positional encoding."""
 
@@ -217,20 +230,8 @@ class Encoder(nn.Module):
         depth = len(self.encoders) + len(self.up_encoders)
         past: Sequence[KeyValue | None] = cache.layers if cache else [None] * depth
         x, lookahead = self.pre_lookahead_layer(x, cache.lookahead if cache else None)
-        x, seen = self._stack(self.encoders, x, mask, past[: len(self.encoders)])
+        x, seen = run_layers(self.encoders, x, mask, past[: len(self.encoders)])
         x, upsample = self.up_layer(x, cache.upsample if cache else None)
         mask = None if mask is None else mask.repeat_interleave(self.config.up_stride, dim=1)
-        x, seen_up = self._stack(self.up_encoders, self.up_embed(x), mask, past[len(self.encoders) :])
+        x, seen_up = run_layers(self.up_encoders, self.up_embed(x), mask, past[len(self.encoders) :])
         return self.after_norm(x), EncoderCache(lookahead, upsample, seen + seen_up)
-
-    @staticmethod
-    def _stack(
-        layers: nn.ModuleList, x: Tensor, mask: Tensor | None, past: Sequence[KeyValue | None]
-    ) -> tuple[Tensor, list[KeyValue]]:
-        known = past[0].keys.shape[2] if past and past[0] is not None else 0
-        positions = relative_positions(known + x.shape[1], x.shape[2], x)
-        seen = []
-        for layer, before in zip(layers, past, strict=True):
-            x, now = layer(x, positions, mask, before)
-            seen.append(now)
-        return x, seen

@@ -24,6 +24,7 @@ from services.trainer.recipes.nano.run import Run, pick_device
 from shared.audio.features import speaker_fbank, whisper_log_mel
 from shared.checkpoints.layout import Checkpoint
 from shared.checkpoints.tokenizer import load_linguistic, load_semantic, load_speaker
+from shared.codes import LINGUISTIC_PAD, LINGUISTIC_SIZE, SEMANTIC_SIZE
 from shared.models.linguistic import nearest
 
 
@@ -122,6 +123,13 @@ def with_pauses(audio: np.ndarray, number: int, rng: np.random.Generator) -> tup
         pauses.append((place * 0.02, length_s))
         start = place * 320
     return np.concatenate([*pieces, audio[start:]]).astype(np.float32), pauses
+
+
+def other_codes(count: int, rng: np.random.Generator) -> torch.Tensor:
+    """Random pairs (count, 2), each code of its own kind."""
+    linguistic = rng.integers(LINGUISTIC_SIZE, size=count)
+    semantic = LINGUISTIC_PAD + 1 + rng.integers(SEMANTIC_SIZE, size=count)
+    return torch.from_numpy(np.stack([linguistic, semantic], 1))
 
 
 Item = dict[str, Any]

@@ -11,7 +11,6 @@ be. Needs `codes`, `perturbed`, `mels` and `sounds`.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sized
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,11 +21,20 @@ import torch
 from torch import Tensor
 
 from services.trainer.recipes.nano import linguistic, mels, perturbed, semantic, sounds
-from services.trainer.recipes.nano.codes import Coded, Item
-from services.trainer.recipes.nano.run import Optimizer, Run, cosine, count_parameters, pick_device, products, set_lr
+from services.trainer.recipes.nano.codes import Coded, Item, other_codes
+from services.trainer.recipes.nano.run import (
+    Optimizer,
+    Run,
+    cosine,
+    count_parameters,
+    pick_device,
+    products,
+    set_lr,
+    training_options,
+)
 from services.trainer.recipes.nano.teacher import SAMPLE_RATE_HZ
 from shared.audio.features import prompt_mel
-from shared.codes import LINGUISTIC_PAD, LINGUISTIC_SIZE, SEMANTIC_SIZE, interleave, time_align
+from shared.codes import LINGUISTIC_PAD, interleave, time_align
 from shared.models.flow import Flow, FlowConfig
 from shared.models.flow.cfm import FlowTraining
 
@@ -139,10 +147,9 @@ class Batches:
 
     def _others(self, pairs: Tensor, rng: np.random.Generator) -> Tensor:
         """The pairs (T, 2) with a share of their codes replaced by codes of the same kind."""
-        linguistic = rng.integers(LINGUISTIC_SIZE, size=len(pairs))
-        semantic = LINGUISTIC_PAD + 1 + rng.integers(SEMANTIC_SIZE, size=len(pairs))
+        others = other_codes(len(pairs), rng)
         chosen = torch.from_numpy(rng.random(pairs.shape) < self.recipe.replaced) & (pairs != LINGUISTIC_PAD)
-        return torch.where(chosen, torch.from_numpy(np.stack([linguistic, semantic], 1)), pairs)
+        return torch.where(chosen, others, pairs)
 
     def draw(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Pairs (B, 3G, 2), their lengths, mel (B, 6G, 80), its lengths, speaker (B, 192)."""
@@ -165,10 +172,7 @@ class Batches:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int)
+    parser = training_options(__doc__)
     parser.add_argument("--groups", type=int, help="longer excerpts, as many fewer of them: for longer references")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -9,7 +9,6 @@ services.trainer.recipes.nano.linguistic`.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,16 @@ from torch import Tensor, nn
 from services.trainer.recipes.nano import augment
 from services.trainer.recipes.nano.features import Store
 from services.trainer.recipes.nano.quantizer import Codebook
-from services.trainer.recipes.nano.run import Optimizer, Run, cosine, count_parameters, pick_device, products, set_lr
+from services.trainer.recipes.nano.run import (
+    Optimizer,
+    Run,
+    cosine,
+    count_parameters,
+    pick_device,
+    products,
+    set_lr,
+    training_options,
+)
 from services.trainer.recipes.nano.teacher import PHONEME_FRAME_S
 from shared.audio.features import linguistic_features
 from shared.models.linguistic import LinguisticConfig, LinguisticEncoder
@@ -159,11 +167,7 @@ def fit_codebook(model: Student, batches: Batches, device: torch.device) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int)
-    arguments = parser.parse_args()
+    arguments = training_options(__doc__).parse_args()
     torch.set_num_threads(arguments.threads)
     device = pick_device()
     recipe = GPU if device.type == "cuda" else CPU

@@ -12,7 +12,6 @@ Needs `codes`, `perturbed`, `sounds` and `plain`.
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -38,7 +37,16 @@ from services.trainer.recipes.nano import (
     texts,
 )
 from services.trainer.recipes.nano.codes import VARIANTS, Coded, Item
-from services.trainer.recipes.nano.run import Optimizer, Run, cosine, count_parameters, pick_device, products, set_lr
+from services.trainer.recipes.nano.run import (
+    Optimizer,
+    Run,
+    cosine,
+    count_parameters,
+    pick_device,
+    products,
+    set_lr,
+    training_options,
+)
 from shared.codes import GROUP, LINGUISTIC_SIZE, interleave
 from shared.models.step1 import Step1, Step1Config
 from shared.models.step1_attention import Attend
@@ -464,11 +472,7 @@ def loss_of(model: Step1, offset: int, batch: Batch, shown_weight: float) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int)
-    arguments = parser.parse_args()
+    arguments = training_options(__doc__).parse_args()
     torch.set_num_threads(arguments.threads)
     device = pick_device()
     recipe = GPU if device.type == "cuda" else CPU

@@ -46,7 +46,9 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
-                buffer = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                buffer = state["momentum_buffer"]
                 buffer.lerp_(parameter.grad, 1 - momentum)
                 ahead = parameter.grad.lerp(buffer, momentum)
                 update = orthogonal(ahead, default_dtype(parameter.device)).to(parameter)

@@ -7,7 +7,6 @@ its other speeds. Some codes are others, since a language model's answers hold s
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,10 +15,19 @@ import torch
 from torch import Tensor
 
 from services.trainer.recipes.nano import perturbed, plain
-from services.trainer.recipes.nano.codes import Coded, Item
+from services.trainer.recipes.nano.codes import Coded, Item, other_codes
 from services.trainer.recipes.nano.flow import SECTION
-from services.trainer.recipes.nano.run import Optimizer, Run, cosine, count_parameters, pick_device, products, set_lr
-from shared.codes import LINGUISTIC_PAD, LINGUISTIC_SIZE, SEMANTIC_SIZE, interleave, time_align
+from services.trainer.recipes.nano.run import (
+    Optimizer,
+    Run,
+    cosine,
+    count_parameters,
+    pick_device,
+    products,
+    set_lr,
+    training_options,
+)
+from shared.codes import LINGUISTIC_PAD, interleave, time_align
 from shared.models.flow import Flow, FlowConfig
 from shared.models.recognizer import Recognizer, RecognizerConfig, letters
 
@@ -70,10 +78,9 @@ def draw(
     rows = []
     for reading in chosen:
         pairs = reading.pairs.long()
-        others = np.stack([rng.integers(LINGUISTIC_SIZE, size=len(pairs)),
-                           LINGUISTIC_PAD + 1 + rng.integers(SEMANTIC_SIZE, size=len(pairs))], 1)  # fmt: skip
+        others = other_codes(len(pairs), rng)
         is_other = torch.from_numpy(rng.random(pairs.shape) < rng.uniform(0, recipe.replaced))
-        rows.append(torch.where(is_other & (pairs != LINGUISTIC_PAD), torch.from_numpy(others), pairs))
+        rows.append(torch.where(is_other & (pairs != LINGUISTIC_PAD), others, pairs))
     lengths = torch.tensor([len(row) for row in rows])
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths, [reading.letters for reading in chosen]
 
@@ -99,11 +106,7 @@ def config() -> RecognizerConfig:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int)
-    arguments = parser.parse_args()
+    arguments = training_options(__doc__).parse_args()
     torch.set_num_threads(arguments.threads)
     device = pick_device()
     recipe = GPU if device.type == "cuda" else CPU

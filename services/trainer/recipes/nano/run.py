@@ -7,6 +7,7 @@ whole or not at all, and `log.jsonl`.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import time
@@ -23,6 +24,15 @@ from shared.checkpoints.weights import default_dtype
 
 TRAINED = ("linguistic", "speaker", "semantic", "flow", "vocoder", "llm", "recognizer")
 """The trainings of the small checkpoint, in order."""
+
+
+def training_options(description: str | None) -> argparse.ArgumentParser:
+    """The options of every training: --minutes, --threads and --steps."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int)
+    return parser
 
 
 def pick_device() -> torch.device:

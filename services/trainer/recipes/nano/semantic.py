@@ -8,7 +8,6 @@ services.trainer.recipes.nano.semantic`, after `linguistic`.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +20,16 @@ from torch import Tensor, nn
 from services.trainer.recipes.nano import augment, linguistic
 from services.trainer.recipes.nano.features import Store
 from services.trainer.recipes.nano.quantizer import Codebook
-from services.trainer.recipes.nano.run import Optimizer, Run, cosine, count_parameters, pick_device, products, set_lr
+from services.trainer.recipes.nano.run import (
+    Optimizer,
+    Run,
+    cosine,
+    count_parameters,
+    pick_device,
+    products,
+    set_lr,
+    training_options,
+)
 from shared.audio.features import prompt_mel, whisper_log_mel
 from shared.models.linguistic import nearest
 from shared.models.semantic import SemanticConfig, SemanticEncoder
@@ -167,11 +175,7 @@ def fit_codebook(model: Autoencoder, store: Store, recipe: SemanticRecipe, devic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int)
-    arguments = parser.parse_args()
+    arguments = training_options(__doc__).parse_args()
     torch.set_num_threads(arguments.threads)
     device = pick_device()
     recipe = GPU if device.type == "cuda" else CPU

@@ -7,7 +7,6 @@ speaker. No judge is used as a teacher. `python -m services.trainer.recipes.nano
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from services.trainer.recipes.nano import assets, augment, teacher
 from services.trainer.recipes.nano.features import Store
-from services.trainer.recipes.nano.run import Run, cosine, count_parameters, pick_device, set_lr
+from services.trainer.recipes.nano.run import Run, cosine, count_parameters, pick_device, set_lr, training_options
 from shared.audio.features import speaker_fbank
 from shared.models.speaker import SpeakerConfig, SpeakerEncoder
 
@@ -106,11 +105,7 @@ def draw(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int)
-    arguments = parser.parse_args()
+    arguments = training_options(__doc__).parse_args()
     torch.set_num_threads(arguments.threads)
     device = pick_device()
     recipe = GPU if device.type == "cuda" else CPU

@@ -6,7 +6,6 @@ On a GPU the batches are larger and the adversary also folds the waveform by per
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +15,15 @@ from torch import Tensor, nn
 
 from services.trainer.recipes.nano.discriminators import Discriminators, discriminator_loss, generator_loss
 from services.trainer.recipes.nano.features import Store
-from services.trainer.recipes.nano.run import Run, cosine, count_parameters, pick_device, products, set_lr
+from services.trainer.recipes.nano.run import (
+    Run,
+    cosine,
+    count_parameters,
+    pick_device,
+    products,
+    set_lr,
+    training_options,
+)
 from shared.audio.features import prompt_mel
 from shared.models.spectral import SpectralConfig, SpectralVocoder
 
@@ -103,11 +110,7 @@ def f0_loss(model: SpectralVocoder, mel: Tensor, f0: Tensor) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int)
-    arguments = parser.parse_args()
+    arguments = training_options(__doc__).parse_args()
     torch.set_num_threads(arguments.threads)
     device = pick_device()
     recipe = GPU if device.type == "cuda" else CPU
