@@ -44,7 +44,7 @@ RATE_HZ = teacher.SAMPLE_RATE_HZ
 SEED = 7
 DIRECTION_SHARE = 0.5
 """An edit counts when it moves every asked measure at least half as far as the teacher does."""
-MARGINS = {"f0_hz": 0.04, "f0_spread": 0.12, "level_db": 1.0, "duration_s": 0.06}
+MARGINS = {"f0_hz": 0.04, "f0_range": 0.12, "level_db": 1.0, "duration_s": 0.06}
 """What of the teacher's own change counts as asked: relative, but for the level (dB)."""
 
 REAL_DRAWS = 4

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from services.llm.sampling import audible_share, groups_without_pauses, length_bounds
+from services.llm.sampling import MEL_FRAMES_PER_GROUP, audible_share, length_bounds, outside_pauses
 from shared.artifacts import Generated, Tokenized
-from shared.codes import GROUP, GROUP_S
+from shared.codes import GROUP, GROUP_S, Codes
 from shared.errors import PermanentError
 from shared.inference.port import Inference, Tensors, given
 from shared.prompts import Turn, edit_turns
@@ -26,9 +26,20 @@ from shared.steps import StepContext
 MODEL = "llm"
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_window", "repetition_ratio")
 SEED_STRIDE = 1_000_003
-MEL_FRAMES_PER_GROUP = 6
 
 Encode = Callable[[Sequence[Turn]], Sequence[int]]
+
+
+def _without_pauses(source: Tokenized) -> Codes:
+    """A recording's audio tokens without its pauses, as far as they can be told.
+
+    The published front end cuts the ends of the tokens and not those of the mel, which are then left as they are.
+    """
+    groups = len(source.mixed) // GROUP
+    if abs(len(source.prompt_mel) / MEL_FRAMES_PER_GROUP - groups) > 1:
+        return source.mixed
+    kept = outside_pauses(source.prompt_mel, groups)
+    return source.mixed[: groups * GROUP].reshape(groups, GROUP)[kept].reshape(-1)
 
 
 class GenerateHandler:
@@ -44,16 +55,12 @@ class GenerateHandler:
         """Raises UserError for texts and tags that cannot be used."""
         parameters = step.step.parameters
         edit, source = Edit.model_validate(parameters["edit"]), Tokenized.from_bytes(step.read("tokens"))
-        prompt = np.asarray(self._encode(edit_turns(edit, parameters["text"], source.mixed)), np.int64)
+        mixed = _without_pauses(source) if edit.type == "vad" else source.mixed
+        prompt = np.asarray(self._encode(edit_turns(edit, parameters["text"], mixed)), np.int64)
         step.progress(0.05, "writing audio tokens")
-        count, groups, longest_s = int(parameters["n_best"]), len(source.mixed) // GROUP, parameters["max_duration_s"]
-        audible = audible_share(source.prompt_mel)
-        mel_groups = len(source.prompt_mel) / MEL_FRAMES_PER_GROUP
-        is_one_span = abs(mel_groups - groups) <= 1  # the published front end cuts the tokens' ends and not the mel's
-        left = groups_without_pauses(source.prompt_mel, groups) if is_one_span else None
-        bounds = length_bounds(
-            edit, groups, parameters["text"], audible=audible, unpaused_groups=left, max_duration_s=longest_s
-        )
+        count, groups, longest_s = int(parameters["n_best"]), len(mixed) // GROUP, parameters["max_duration_s"]
+        audible = audible_share(source.prompt_mel) * len(source.mixed) / max(1, len(mixed))
+        bounds = length_bounds(edit, groups, parameters["text"], audible=audible, max_duration_s=longest_s)
         began = time.perf_counter()
         seeds = [(int(parameters["seed"]) + number * SEED_STRIDE) % (SEED_MAX + 1) for number in range(count)]
         said = edit.target_text or parameters["text"] or ""

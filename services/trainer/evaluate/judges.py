@@ -47,11 +47,12 @@ def word_error_rate(references: Sequence[str], heard: Sequence[str], language: s
 
 @dataclass(frozen=True)
 class Prosody:
-    """What an emotion, style or speed edit moves: F0 mean (Hz) and spread (semitones), level (dB), syllable-like
-    rate is left to duration."""
+    """What an emotion, style or speed edit moves: F0 median (Hz) and range (semitones between a tenth from below and
+    from above, so that a few octaves heard wrong do not count), level (dB), and the duration of the speech for its
+    rate."""
 
     f0_hz: float
-    f0_spread: float
+    f0_range: float
     level_db: float
     voiced_share: float
     duration_s: float
@@ -132,19 +133,28 @@ class Judges:
         return float(dnsmos.run(_to_peak(audio), 16_000)["bak_mos"])
 
     def prosody(self, audio: np.ndarray) -> Prosody:
-        """F0 by FCPE, level of the loud half of the frames."""
+        """F0 by FCPE, level of the loud half of the frames; silence at both ends is left out."""
+        audio = without_ends(audio)
         f0 = self._f0(audio)
         voiced = f0[f0 > 0]
         frames = audio[: len(audio) // 320 * 320].reshape(-1, 320)
         power = np.sort((frames**2).mean(1))[len(frames) // 2 :] if len(frames) else np.zeros(1)
-        spread = float(np.std(12 * np.log2(voiced))) if len(voiced) > 1 else 0.0
+        low, middle, high = np.percentile(voiced, [10, 50, 90]) if len(voiced) else (0.0, 0.0, 0.0)
         return Prosody(
-            f0_hz=float(np.mean(voiced)) if len(voiced) else 0.0,
-            f0_spread=spread,
+            f0_hz=float(middle),
+            f0_range=float(12 * np.log2(high / low)) if len(voiced) > 1 else 0.0,
             level_db=float(10 * np.log10(power.mean() + 1e-9)),
             voiced_share=len(voiced) / max(1, len(f0)),
             duration_s=len(audio) / 16_000,
         )
+
+
+def without_ends(audio: np.ndarray, floor_db: float = -40.0) -> np.ndarray:
+    """From the first to the last 20 ms frame within `floor_db` of the loudest, 16 kHz."""
+    frames = audio[: len(audio) // 320 * 320].reshape(-1, 320)
+    level = 10 * np.log10((frames**2).mean(1) + 1e-10)
+    loud = np.flatnonzero(level > level.max() + floor_db) if len(level) else level
+    return audio[loud[0] * 320 : (loud[-1] + 1) * 320] if len(loud) else audio
 
 
 def _to_peak(audio: np.ndarray) -> np.ndarray:

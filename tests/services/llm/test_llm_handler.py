@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -76,15 +77,23 @@ def test_the_bounds_of_the_length_go_to_the_model() -> None:
     assert (parameters["min_groups"], parameters["max_groups"]) == length_bounds(HAPPY.edit, 100, HAPPY.text)
 
 
-@pytest.mark.parametrize(("frames", "most"), [(600, 61 * 1.1 + 3), (700, 100 * 1.1 + 8)])
-def test_pauses_bound_vad_where_the_mel_lasts_as_long_as_the_tokens(frames: int, most: float) -> None:
+@pytest.mark.parametrize(("frames", "left"), [(600, [*range(40), *range(80, 100)]), (700, [*range(100)])])
+def test_vad_starts_from_the_groups_outside_pauses_where_mel_and_tokens_are_one_span(
+    frames: int, left: list[int]
+) -> None:
     mel = np.full((frames, 80), -2.0, np.float32)
-    mel[240:480] = -11.0
-    source, model = replace(tokenized(groups=100), prompt_mel=mel), FakeInference(write)
-    request = JobRequest(edit=Edit(type="vad"))
-    GenerateHandler(model, encode).run(FakeStep(request, 1, {"tokens": source.to_bytes()}))
-    _, _, parameters = model.calls[0]
-    assert parameters["max_groups"] == int(most)
+    mel[240:480] = -11.0  # groups 40 to 79 of a mel that lasts as long as the tokens
+    source, seen = replace(tokenized(groups=100), prompt_mel=mel), list[Turn]()
+    model = FakeInference(write)
+
+    def remember(turns: Sequence[Turn]) -> list[int]:
+        seen.extend(turns)
+        return encode(turns)
+
+    GenerateHandler(model, remember).run(FakeStep(JobRequest(edit=Edit(type="vad")), 1, {"tokens": source.to_bytes()}))
+    kept = source.mixed.reshape(100, 5)[left].reshape(-1)
+    np.testing.assert_array_equal(seen[-1].content[1], kept)
+    assert model.calls[0][2]["max_groups"] == len(left) + 2
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from services.llm.sampling import (
     SamplingSettings,
     audible_share,
     find_loop,
-    groups_without_pauses,
     length_bounds,
+    outside_pauses,
     speech_units,
 )
 from shared.codes import GROUP, split
@@ -143,6 +143,24 @@ def test_bounds_follow_the_edit() -> None:
     assert short[1] < long[1]
 
 
+def test_no_result_is_shorter_than_its_text_said_in_haste() -> None:
+    two = "I have finished it and feel relieved. Everything seems easier now, and more colourful."
+    first_alone = speech_units("I have finished it and feel relieved.") * 0.26 / 0.12
+    spoken = round(speech_units(two) * 0.26 / 0.12)  # groups, at the pace of most readings
+    sad, faster, most = (
+        Edit(type="emotion", detail="sad"),
+        *(Edit(type="speed", detail=d) for d in ("faster", "more faster")),
+    )
+    low = length_bounds(sad, spoken, two)[0]
+    assert first_alone < low <= 0.7 * spoken
+    assert low > length_bounds(faster, spoken, two)[0] > length_bounds(most, spoken, two)[0]
+    assert length_bounds(sad, 3 * spoken, two)[0] >= low, "pauses in the source do not make a text shorter"
+    assert length_bounds(sad, spoken // 2, two)[0] < 0.75 * low, "who speaks fast may be followed"
+    assert length_bounds(sad, spoken, None)[0] == int(0.4 * spoken), "nothing is known of the words"
+    clone = Edit(type="clone", target_text=two)
+    assert length_bounds(clone, spoken, two)[0] == low
+
+
 def test_vad_keeps_what_can_be_heard_and_no_more() -> None:
     level = np.full((100, 80), -11.0, np.float32)  # ln of amplitude: a recording of which 60 frames are speech
     level[10:40] = level[70:100] = -2.0
@@ -151,17 +169,19 @@ def test_vad_keeps_what_can_be_heard_and_no_more() -> None:
     assert audible_share(np.zeros((0, 80), np.float32)) == 0.0
     assert length_bounds(Edit(type="vad"), 100, audible=0.6)[0] == 60
     assert length_bounds(Edit(type="vad"), 100)[0] == 10
-    assert length_bounds(Edit(type="vad"), 100, audible=0.6, unpaused_groups=70) == (60, 80)
     assert length_bounds(Edit(type="denoise"), 100, audible=0.9) == length_bounds(Edit(type="denoise"), 100)
 
 
-def test_pauses_are_cut_to_one_group_in_what_vad_may_leave() -> None:
+def test_groups_wholly_inside_a_pause_are_left_out() -> None:
     level = np.full((120, 80), -11.0, np.float32)  # 20 groups of six frames
-    level[:30] = level[60:84] = level[96:120] = -2.0
-    assert groups_without_pauses(level, 20) == 20 - 4, "five silent groups; two are no pause"
-    assert groups_without_pauses(level[::2], 20) == 16, "a mel of another length is spread over the groups"
-    assert groups_without_pauses(np.full((6, 80), -2.0, np.float32), 1) == 1
-    assert groups_without_pauses(np.zeros((0, 80), np.float32), 0) == 0
+    level[:33] = level[57:84] = level[95:120] = -2.0  # 24 silent frames, then 11
+    assert np.flatnonzero(~outside_pauses(level, 20)).tolist() == [6, 7, 8], "the parts at its ends stay"
+    level[33:57] = -6.7
+    assert not outside_pauses(level, 20)[6:9].any(), "40 dB below the loud frames is silence"
+    level[33:57] = -6.5
+    assert outside_pauses(level, 20).all()
+    assert outside_pauses(np.full((12, 80), -2.0, np.float32), 2).tolist() == [True, True], "nothing stands out"
+    assert outside_pauses(np.zeros((0, 80), np.float32), 0).tolist() == []
 
 
 def groups_of(semantic: np.ndarray) -> np.ndarray:
