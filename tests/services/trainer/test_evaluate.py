@@ -9,6 +9,7 @@ import pytest
 
 from services.trainer.evaluate.acoustic import FEATURES, AcousticJudge, Classifier, change, features, pitch
 from services.trainer.evaluate.benchmark import Case, read_cases
+from services.trainer.evaluate.judges import without_ends
 from services.trainer.evaluate.remote import Api, BudgetSpent, HttpJudge, Question, Verdict, parse_verdict
 from services.trainer.evaluate.report import bootstrap, compare, markdown, paired, summarise, write_report
 from services.trainer.evaluate.runner import OfflineJudge, Setup, read_results, run
@@ -129,6 +130,14 @@ def test_the_bootstrap_of_known_values() -> None:
     assert bootstrap([3.0, 3.0]).low == bootstrap([3.0, 3.0]).high == 3.0
     with pytest.raises(UserError, match="nothing to report"):
         bootstrap([])
+
+
+def test_silence_at_the_ends_is_no_part_of_how_long_something_was_said() -> None:
+    said = tone(0.64, 140.0)
+    ends, pause = np.zeros(8_000, np.float32), np.zeros(6_400, np.float32)
+    with_pause = np.concatenate([ends, said, pause, said * 0.1, ends])
+    assert len(without_ends(with_pause)) == pytest.approx(2 * len(said) + len(pause), abs=640)
+    assert len(without_ends(np.zeros(100, np.float32))) == 100
 
 
 def results(gain: int) -> list[dict]:
