@@ -28,16 +28,16 @@ BEGIN_S = 10.0
 
 
 class _Sequence(Draft):
-    """A generation in a slot: first its prompt is read, then it draws tokens."""
+    """A generation in as many slots as it has prompts: first these are read, then it draws tokens."""
 
-    def __init__(self, generation: Generation, slot: int) -> None:
+    def __init__(self, generation: Generation, slots: list[int]) -> None:
         super().__init__(generation)
-        self.slot = slot
-        self.prompt_hidden: Tensor | None = None  # (hidden,), of the prompt's last token, once it is read
+        self.slots = slots
+        self.prompt_hidden: list[Tensor] = []  # (hidden,) each, of the last token of the prompts that are read
 
     @property
     def reads(self) -> bool:
-        return self.prompt_hidden is None
+        return len(self.prompt_hidden) < len(self.slots)
 
 
 class Engine(GenerationEngine):
@@ -93,14 +93,16 @@ class Engine(GenerationEngine):
     def _admit(self) -> None:
         if not self._running:
             self._waiting.wait(IDLE_S)
-        while self._free and (generation := self._waiting.pop()):
-            slot = self._free.pop()
-            self._decoder.cache.lengths[slot] = 0
-            self._running.append(_Sequence(generation, slot))
+        while self._free and (generation := self._waiting.pop(len(self._free))):
+            slots = [self._free.pop() for _ in generation.prompts]
+            for slot in slots:
+                self._decoder.cache.lengths[slot] = 0
+            self._running.append(_Sequence(generation, slots))
 
     def _read(self, sequence: _Sequence) -> None:
-        """One chunk of a prompt; after the last one the first token is drawn."""
-        prompt, cache, slot = sequence.generation.prompt, self._decoder.cache, sequence.slot
+        """One chunk of a prompt; after the last one of the last prompt the first token is drawn."""
+        number = len(sequence.prompt_hidden)
+        prompt, slot, cache = sequence.generation.prompts[number], sequence.slots[number], self._decoder.cache
         hidden = None
         if cache.lengths[slot] == 0:
             hidden = self._prefixes.restore(prompt, cache, slot)
@@ -111,20 +113,23 @@ class Engine(GenerationEngine):
             if stop < len(prompt):
                 return
             self._prefixes.store(prompt, cache, slot, hidden)
-        sequence.prompt_hidden = hidden
-        self._draw([sequence], hidden[None])
+        sequence.prompt_hidden.append(hidden)
+        if not sequence.reads:
+            self._draw([sequence], torch.stack(sequence.prompt_hidden))
 
     def _write(self, sequences: list[_Sequence]) -> None:
         """One decode step for the sequences that draw tokens."""
         passed("llm", len(sequences))
-        newest = [self._offset + s.sampler.tokens[-1] for s in sequences]
-        self._draw(sequences, self._decoder.step(newest, [s.slot for s in sequences]))
+        newest = [self._offset + s.sampler.tokens[-1] for s in sequences for _ in s.slots]
+        self._draw(sequences, self._decoder.step(newest, [slot for s in sequences for slot in s.slots]))
 
     def _draw(self, sequences: list[_Sequence], hidden: Tensor) -> None:
-        logits = self._decoder.logits(hidden).cpu().numpy()
-        for sequence, row in zip(sequences, logits, strict=True):
+        """A token for each sequence, from the hidden states of all their slots in turn."""
+        rows = iter(self._decoder.logits(hidden).cpu().numpy())
+        for sequence in sequences:
+            logits = [next(rows) for _ in sequence.slots]
             try:
-                ended = sequence.sampler.choose(row) == END
+                ended = sequence.sampler.choose(*logits) == END
                 self._settle(sequence, ended)
             except Exception as error:
                 self._leave(sequence, error)
@@ -144,14 +149,14 @@ class Engine(GenerationEngine):
         """A new attempt on the prompt that is still in the slot. Not when pieces are out or attempts are used up."""
         if not sequence.start_over():
             return False
-        assert sequence.prompt_hidden is not None
-        self._decoder.cache.lengths[sequence.slot] = len(sequence.generation.prompt)
-        self._draw([sequence], sequence.prompt_hidden[None])
+        for slot, prompt in zip(sequence.slots, sequence.generation.prompts, strict=True):
+            self._decoder.cache.lengths[slot] = len(prompt)
+        self._draw([sequence], torch.stack(sequence.prompt_hidden))
         return True
 
     def _leave(self, sequence: _Sequence, last: Outcome | Exception) -> None:
         self._running.remove(sequence)
-        self._free.append(sequence.slot)
+        self._free.extend(sequence.slots)
         sequence.generation.put(last)
 
     def _fail_all(self, error: Exception, *, waiting: bool = False) -> None:

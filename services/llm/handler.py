@@ -9,6 +9,7 @@ import contextvars
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,12 @@ SAMPLING = ("temperature", "top_p", "top_k", "repetition_window", "repetition_ra
 SEED_STRIDE = 1_000_003
 
 Encode = Callable[[Sequence[Turn]], Sequence[int]]
+
+
+def _plain(edit: Edit) -> Edit | None:
+    """What an edit of the manner should not end up as: the same said plainly."""
+    is_manner = edit.type in ("emotion", "style", "speed") and edit.detail != "remove"
+    return Edit(type="emotion", detail="remove") if is_manner else None
 
 
 def _without_pauses(source: Tokenized) -> Codes:
@@ -64,8 +71,11 @@ class GenerateHandler:
         began = time.perf_counter()
         seeds = [(int(parameters["seed"]) + number * SEED_STRIDE) % (SEED_MAX + 1) for number in range(count)]
         said = edit.target_text or parameters["text"] or ""
-        told = {"text": np.array([ord(character) for character in said], np.int32)} if said else {}
-        inputs: Tensors = {"prompt": prompt, **told}
+        inputs: dict[str, np.ndarray[Any, Any]] = {"prompt": prompt}
+        if said:
+            inputs["text"] = np.array([ord(character) for character in said], np.int32)
+        if plain := _plain(edit):
+            inputs["against"] = np.asarray(self._encode(edit_turns(plain, parameters["text"], mixed)), np.int64)
         found = self._generate_all(step, inputs, seeds, bounds)
         names = [GENERATED] if count == 1 else [candidate(number) for number in range(count)]
         for name, generated in zip(names, found, strict=True):

@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from services.llm.engine import Engine
@@ -34,9 +35,10 @@ class LlmModel:
 
     Inputs "prompt": int64 (n,), a chat of shared.prompts as ids; "text", optional: int32 (k,), what the answer should
     say, as code points. With it a checkpoint that has a recogniser draws several answers and gives the one that says
-    it best (`LlmSettings.candidates`), unless it streams. Parameters: the fields of SamplingSettings, all optional.
-    Outputs "mixed" int32 (m,), whole groups; "attempts" int32 (); "collapsed" bool (), true when the last attempt still
-    looped or found no end.
+    it best (`LlmSettings.candidates`), unless it streams. "against", optional: int64 (m,), the chat of what the answer
+    should not end up as, from which draws are guided away by `guidance`, the checkpoint's unless told; a guided answer
+    counts as two. Parameters: the fields of SamplingSettings, all optional. Outputs "mixed" int32 (m,), whole groups;
+    "attempts" int32 (); "collapsed" bool (), true when the last attempt still looped or found no end.
     """
 
     name = "llm"
@@ -48,8 +50,11 @@ class LlmModel:
         chosen = settings or from_environment(LlmSettings)
         make = _vllm_engine if chosen.engine == "vllm" else _builtin_engine
         self.engine = make(checkpoint, device or chosen.device, chosen)
-        temperature = checkpoint.metadata.temperature
-        self._defaults: dict[str, float] = {} if temperature is None else {"temperature": temperature}
+        metadata, self._guides = checkpoint.metadata, chosen.engine == "builtin" and chosen.slots > 1
+        guidance = metadata.guidance if chosen.guidance is None else chosen.guidance
+        self._defaults: dict[str, float] = {"guidance": guidance} if self._guides else {}
+        if metadata.temperature is not None:
+            self._defaults["temperature"] = metadata.temperature
         candidates = chosen.candidates or checkpoint.metadata.candidates
         reads = candidates > 1 and checkpoint.has_recognizer
         self._choice = WordChoice(load_recognizer(checkpoint), candidates) if reads else None
@@ -77,6 +82,8 @@ class LlmModel:
         try:
             settings, text = self._sampling(request), _text(request)
             count = self._choice.count(text) if self._choice else 1
+            if count > 1 and settings.guidance and "against" in request.inputs:
+                count = max(1, count // 2)  # a guided answer is the work of two
             drawn = [replace(settings, seed=seed) for seed in seeds(settings.seed, count)]
             return self._submit(request, drawn, streams=False), text
         except Exception as error:
@@ -89,13 +96,19 @@ class LlmModel:
         self, request: InferenceRequest, drawn: Sequence[SamplingSettings], *, streams: bool
     ) -> list[Generation]:
         """One generation for each of the settings, all of them or none."""
-        prompt = np.ascontiguousarray(request.inputs["prompt"], dtype=np.int64).reshape(-1)
+        prompt, against = _ids(request, "prompt"), None
+        if drawn[0].guidance and "against" in request.inputs:
+            if not self._guides:
+                raise UserError("Guided draws need the built-in engine and two slots.",
+                                "Leave guidance out, or change EDITX_LLM_ENGINE or EDITX_LLM_SLOTS.",
+                                "invalid_sampling")  # fmt: skip
+            against = _ids(request, "against")
         generations: list[Generation] = []
         try:
             for settings in drawn:
                 generations.append(self.engine.submit(Generation(
                     prompt, settings, deadline=request.deadline, cancelled=request.cancelled,
-                    priority=request.priority, streams=streams,
+                    priority=request.priority, streams=streams, against=against,
                 )))  # fmt: skip
         except Exception:
             for generation in generations:
@@ -171,6 +184,10 @@ def sampling_settings(parameters: Parameters) -> SamplingSettings:
                 "Leave it out for the default.", "invalid_sampling",
             ) from error  # fmt: skip
     return SamplingSettings(**values)
+
+
+def _ids(request: InferenceRequest, name: str) -> npt.NDArray[np.int64]:
+    return np.ascontiguousarray(request.inputs[name], dtype=np.int64).reshape(-1)
 
 
 def _text(request: InferenceRequest) -> str:

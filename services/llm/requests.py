@@ -63,6 +63,8 @@ class Generation:
     cancelled: Callable[[], bool] = _never
     priority: int = 0
     streams: bool = False
+    against: npt.NDArray[np.int64] | None = None
+    """Another prompt, which the draws are guided away from."""
     _pieces: queue.SimpleQueue[object] = field(default_factory=queue.SimpleQueue)
     _given_up: threading.Event = field(default_factory=threading.Event)
 
@@ -106,12 +108,20 @@ class Generation:
     def put(self, piece: object) -> None:
         self._pieces.put(piece)
 
+    @property
+    def prompts(self) -> list[npt.NDArray[np.int64]]:
+        """What has to be read, each in a slot of its own: the prompt, and the one it is guided away from."""
+        return [self.prompt] if self.against is None else [self.prompt, self.against]
+
     def fit(self, vocabulary: int, context: int) -> None:
         """Cap the result's length by what the context leaves. Raises UserError for a prompt that cannot be used."""
-        prompt, settings = self.prompt, self.settings
-        if prompt.ndim != 1 or not len(prompt) or prompt.min() < 0 or prompt.max() >= vocabulary:
-            raise UserError("The prompt must be a list of ids of the checkpoint's vocabulary.",
-                            "Encode it with the text tokenizer of the same checkpoint.", "invalid_prompt")  # fmt: skip
+        prompt, settings = max(self.prompts, key=len), self.settings
+        for one in self.prompts:
+            if one.ndim != 1 or not len(one) or one.min() < 0 or one.max() >= vocabulary:
+                raise UserError(
+                    "The prompt must be a list of ids of the checkpoint's vocabulary.",
+                    "Encode it with the text tokenizer of the same checkpoint.", "invalid_prompt",
+                )  # fmt: skip
         room = (context - len(prompt) - 1) // GROUP
         if room < settings.min_groups:
             raise UserError(
@@ -182,10 +192,11 @@ class Waiting:
             heapq.heappush(self._heap, (-generation.priority, next(self._arrivals), generation))
             self._changed.notify()
 
-    def pop(self) -> Generation | None:
-        """The next one, or None."""
+    def pop(self, slots: int = 1) -> Generation | None:
+        """The next one, or None while there is none or it needs more slots than these."""
         with self._changed:
-            return heapq.heappop(self._heap)[2] if self._heap else None
+            is_fit = bool(self._heap) and len(self._heap[0][2].prompts) <= slots
+            return heapq.heappop(self._heap)[2] if is_fit else None
 
     def wait(self, timeout_s: float) -> None:
         """Return when something waits, when closed, or after the timeout."""
@@ -237,6 +248,9 @@ class GenerationEngine(ABC):
         Raises UserError for a prompt that does not fit, InferenceUnavailable when too many wait already.
         """
         generation.fit(self._vocabulary_size, self.settings.context)
+        if len(generation.prompts) > self.settings.slots:
+            raise UserError("A guided sequence needs two slots.", "Raise EDITX_LLM_SLOTS, or leave guidance out.",
+                            "no_slots")  # fmt: skip
         self._waiting.push(generation)
         return generation
 

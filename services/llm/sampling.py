@@ -20,6 +20,8 @@ from shared.tags import bracketed_tags
 END = AUDIO_VOCAB
 CHOICES = AUDIO_VOCAB + 1
 SEED_MAX = 2**63 - 1
+LIKELY = 7.0
+"""Nats below the likeliest token that a guided draw may still take."""
 
 Logits = npt.NDArray[np.float32]
 
@@ -31,7 +33,8 @@ class SamplingSettings:
     The repetition rule forbids the newest token when it makes up more than `repetition_ratio` of the last
     `repetition_window` tokens (10 and 0.1 in the official release's first form, off in its present one); window 0
     switches it off.
-    `attempts`: how often a collapsed sequence is drawn anew.
+    `attempts`: how often a collapsed sequence is drawn anew. `guidance`: how far the draw goes away from another prompt
+    where one is given (arXiv 2306.17806); 0 leaves it out of account.
     """
 
     temperature: float = 0.7
@@ -43,6 +46,7 @@ class SamplingSettings:
     min_groups: int = 1
     max_groups: int = 1500
     attempts: int = 3
+    guidance: float = 0.0
 
     def __post_init__(self) -> None:
         rules = {
@@ -54,6 +58,7 @@ class SamplingSettings:
             f"seed must lie in 0..{SEED_MAX}": 0 <= self.seed <= SEED_MAX,
             "min_groups must be at least 1 and at most max_groups": 1 <= self.min_groups <= self.max_groups,
             "attempts must lie in 1..10": 1 <= self.attempts <= 10,
+            "guidance must lie in 0..10": 0.0 <= self.guidance <= 10.0,
         }
         for rule, holds in rules.items():
             if not holds:
@@ -100,17 +105,18 @@ class Sampler:
         share = self.tokens[-window:].count(last) / window
         return last if share > self.settings.repetition_ratio else None
 
-    def choose(self, logits: Logits) -> int:
+    def choose(self, logits: Logits, against: Logits | None = None) -> int:
         """Draw the next token from logits (CHOICES,) and remember it; END is returned and not remembered.
 
-        Raises PermanentError when the logits hold no finite number to choose from.
+        `against`: logits of the same place after another prompt, which the draw is guided away from. Raises
+        PermanentError when the logits hold no finite number to choose from.
         """
         low, high, end = self.allowed()
         if low == high:
             return END
-        scores = logits[low:high].astype(np.float64)
-        if end:
-            scores = np.append(scores, float(logits[END]))
+        scores = _among(logits, low, high, end)
+        if against is not None:
+            scores = self._guided(scores, _among(against, low, high, end))
         repeated = self._repeated()
         if repeated is not None and low <= repeated < high:
             scores[repeated - low] = -np.inf
@@ -124,6 +130,11 @@ class Sampler:
             return END
         self.tokens.append(low + pick)
         return low + pick
+
+    def _guided(self, scores: npt.NDArray[np.float64], against: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Scores that grow by how much likelier a token is than after the other prompt, among those that are likely."""
+        guided = scores + self.settings.guidance * (scores - against)
+        return np.where(scores >= scores.max() - LIKELY, guided, -np.inf)
 
     def _draw(self, scores: npt.NDArray[np.float64]) -> int:
         s = self.settings
@@ -143,6 +154,12 @@ class Sampler:
         """The step's number in [0, 1)."""
         key = self.settings.seed | self.attempt << 64
         return float(np.random.Generator(np.random.Philox(key=key, counter=len(self.tokens))).random())
+
+
+def _among(logits: Logits, low: int, high: int, end: bool) -> npt.NDArray[np.float64]:
+    """Logits of the mixed ids [low, high), and of END behind them where it may come."""
+    scores = logits[low:high].astype(np.float64)
+    return np.append(scores, float(logits[END])) if end else scores
 
 
 # How much shorter or longer than its source an edit may be, as factors, and groups on top of the upper bound.

@@ -4,9 +4,9 @@ from shared.inference.repository import ModelSpec, Tensor
 
 SPEC = ModelSpec(
     name="llm",
-    inputs={"prompt": Tensor("INT64", (-1,)), "text": Tensor("INT32", (-1,))},
+    inputs={"prompt": Tensor("INT64", (-1,)), "against": Tensor("INT64", (-1,)), "text": Tensor("INT32", (-1,))},
     outputs={"mixed": Tensor("INT32", (-1,)), "attempts": Tensor("INT32", ()), "collapsed": Tensor("BOOL", ())},
-    optional=("text",),
+    optional=("against", "text"),
     streams=True,
     max_batch={"cpu": 1, "gpu": 1},
     delay_us=0,

@@ -28,6 +28,11 @@ class LlmSettings(BaseSettings):
         description="Answers drawn where the text is known, of which the checkpoint's recogniser keeps the one that "
         "says it best; left out, as many as the checkpoint names. 1 draws once.",
     )  # fmt: skip
+    guidance: float | None = Field(
+        default=None, ge=0.0, le=10.0,
+        description="How far the draws of an edit of emotion, style or speed go away from the same said plainly; left "
+        "out, as far as the checkpoint says. 0 does without, in half the work.",
+    )  # fmt: skip
     context: int = Field(default=8192, ge=64, description="Most tokens of one sequence, prompt and result together.")
     queue_limit: int = Field(default=256, ge=1, description="Requests that may wait; more are refused as overload.")
     prefix_cache_tokens: int = Field(

@@ -82,7 +82,8 @@ class Metadata(BaseModel):
 
     ``trim_before_mel`` says that the flow learned from reference mels cut like their codes; the official one did not.
     ``temperature`` is what the language model's tokens are best drawn at; None leaves the usual 0.7. ``candidates`` is
-    how many answers to draw where the recogniser, if there is one, can tell which says its text best.
+    how many answers to draw where the recogniser, if there is one, can tell which says its text best. ``guidance`` is
+    how far the draws of an edit of the manner go away from the same said plainly.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -93,6 +94,7 @@ class Metadata(BaseModel):
     trim_before_mel: bool = False
     temperature: float | None = Field(default=None, ge=0.0, le=2.0)
     candidates: int = Field(default=1, ge=1, le=32)
+    guidance: float = Field(default=0.0, ge=0.0, le=10.0)
 
     def knows(self, edit_type: str, detail: str | None = None) -> bool:
         """Whether this checkpoint was trained on an edit type (and detail, such as ``emotion`` and ``happy``).

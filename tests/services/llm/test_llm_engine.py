@@ -82,6 +82,54 @@ def test_a_sequence_is_the_same_alone_in_a_batch_and_after_prefix_reuse(
     assert len({tuple(mixed) for mixed in alone}) == len(lengths)
 
 
+def guided(seed: int, length: int, against: int | None = None, **settings: float) -> Generation:
+    """Away from another prompt, of `against` tokens (its own prompt where that is None)."""
+    generation = ask(seed, length, **{"guidance": 1.5, **settings})
+    generation.against = generation.prompt if against is None else prompt_of(900 + seed, against)
+    return generation
+
+
+def test_a_guided_sequence_is_the_same_alone_in_a_batch_and_after_prefix_reuse(
+    tiny: Step1, make_engine: MakeEngine
+) -> None:
+    sizes = [(20, 300), (300, 41), (256, 256), (33, 7)]
+    lonely = make_engine(tiny, slots=2, prefix_cache_tokens=0)
+    alone = [lonely.submit(guided(seed, *pair)).result().mixed for seed, pair in enumerate(sizes)]
+    plain = [lonely.submit(ask(seed, length)).result().mixed for seed, (length, _) in enumerate(sizes)]
+    crowded = make_engine(tiny, slots=5)
+    for _ in range(2):
+        together = [crowded.submit(guided(seed, *pair)) for seed, pair in enumerate(sizes)]
+        beside = [crowded.submit(ask(seed, length)) for seed, (length, _) in enumerate(sizes)]
+        for expected, generation in zip([*alone, *plain], [*together, *beside], strict=True):
+            np.testing.assert_array_equal(generation.result().mixed, expected)
+    assert all(tuple(one) != tuple(other) for one, other in zip(alone, plain, strict=True))
+
+
+def test_guidance_away_from_the_prompt_itself_changes_nothing(tiny: Step1, make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny)
+    expected = engine.submit(ask(3, 50, temperature=0.0)).result().mixed
+    np.testing.assert_array_equal(engine.submit(guided(3, 50, temperature=0.0)).result().mixed, expected)
+
+
+def test_a_guided_sequence_takes_two_slots_and_gives_both_back(tiny: Step1, make_engine: MakeEngine) -> None:
+    with pytest.raises(UserError, match="two slots"):
+        make_engine(tiny, slots=1).submit(guided(0, 20))
+    engine = make_engine(tiny, slots=3, stream_groups=1)
+    endless = guided(1, 20, 30, min_groups=90, max_groups=90)
+    endless.streams = True
+    pieces = engine.submit(endless).pieces()
+    next(pieces)
+    waiting = engine.submit(guided(2, 20, 30))
+    assert engine.load == (1, 1), "one slot is left, which is not enough"
+    pieces.close()
+    assert waiting.result().mixed.size
+    assert all(engine.submit(guided(seed, 20, 30)).result().mixed.size for seed in range(4))
+    collapsed = engine.submit(guided(5, 20, 30, min_groups=12, max_groups=12, attempts=2)).result()
+    assert (collapsed.collapse, collapsed.attempts) == ("no_end", 2)
+    with pytest.raises(UserError, match="vocabulary"):
+        engine.submit(Generation(prompt_of(0, 5), SamplingSettings(), against=np.array([-1])))
+
+
 def test_neighbours_that_come_late_or_are_cancelled_change_nothing(tiny: Step1, make_engine: MakeEngine) -> None:
     expected = make_engine(tiny, prefix_cache_tokens=0).submit(ask(0, 270, **NEVER_END)).result().mixed
     engine = make_engine(tiny, slots=3, prefix_cache_tokens=0, stream_groups=1)

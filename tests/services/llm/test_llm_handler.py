@@ -14,7 +14,7 @@ from shared.artifacts import Generated
 from shared.codes import GROUP, interleave
 from shared.errors import PermanentError, UserError
 from shared.inference.port import Parameters, Tensors
-from shared.prompts import Turn
+from shared.prompts import Turn, edit_turns
 from shared.schemas import Edit, JobRequest
 from tests.services.fakes import FakeInference, FakeStep, tokenized
 
@@ -111,3 +111,28 @@ def test_the_model_is_told_what_the_answer_should_say(edit: Edit, text: str | No
     _, inputs, _ = model.calls[0]
     told = "".join(map(chr, inputs["text"])) if "text" in inputs else None
     assert told == said
+
+
+@pytest.mark.parametrize(
+    ("edit", "is_guided"),
+    [
+        (Edit(type="emotion", detail="happy"), True),
+        (Edit(type="speed", detail="faster"), True),
+        (Edit(type="style", detail="remove"), False),
+        (Edit(type="clone", target_text="So."), False),
+        (Edit(type="denoise"), False),
+    ],
+)
+def test_an_edit_of_the_manner_is_told_what_it_should_not_end_up_as(edit: Edit, is_guided: bool) -> None:
+    model, seen = FakeInference(write), list[Sequence[Turn]]()
+
+    def remember(turns: Sequence[Turn]) -> list[int]:
+        seen.append(turns)
+        return encode(turns)
+
+    step = FakeStep(JobRequest(edit=edit, text="Well."), 1, {"tokens": tokenized().to_bytes()})
+    GenerateHandler(model, remember).run(step)
+    assert ("against" in model.calls[0][1]) == is_guided == (len(seen) == 2)
+    if is_guided:
+        plain = edit_turns(Edit(type="emotion", detail="remove"), "Well.", tokenized().mixed)
+        assert seen[1][-1].content[0] == plain[-1].content[0]

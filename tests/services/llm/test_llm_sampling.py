@@ -104,6 +104,21 @@ def test_logits_without_a_number_are_an_error_and_not_a_token() -> None:
         Sampler(SamplingSettings()).choose(np.full(CHOICES, np.nan, dtype=np.float32))
 
 
+def test_a_guided_draw_prefers_what_the_other_prompt_makes_less_likely_among_likely_tokens() -> None:
+    logits, against = (np.full(CHOICES, -20.0, np.float32) for _ in range(2))
+    logits[[3, 4, 5]] = 2.0, 1.5, -6.0
+    against[[3, 4, 5]] = 2.0, 0.0, -20.0
+
+    def pick(guidance: float, other: np.ndarray | None = against) -> int:
+        return Sampler(SamplingSettings(temperature=0.0, guidance=guidance)).choose(logits, other)
+
+    assert pick(1.0, None) == pick(0.0) == 3
+    assert pick(1.0) == 4, "1.5 nats likelier than after the other prompt"
+    assert pick(10.0) == 4, "what is 8 nats below the likeliest is out, however much the other prompt dislikes it"
+    with pytest.raises(PermanentError):
+        pick(1.0, np.full(CHOICES, np.nan, np.float32))
+
+
 @pytest.mark.parametrize(
     "wrong", [{"temperature": 3.0}, {"top_p": 0.0}, {"min_groups": 5, "max_groups": 4}, {"seed": -1}, {"attempts": 0}]
 )

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,36 @@ def test_the_model_draws_as_many_as_the_checkpoint_says_and_gives_the_best(
     drawn = [answered(model, asked(seed))["mixed"] for seed in seeds(7, 4)]
     losses = [loss(recognizer, mixed) for mixed in drawn]
     np.testing.assert_array_equal(answered(model, asked(7, TEXT))["mixed"], drawn[int(np.argmin(losses))])
+
+
+def test_guided_answers_count_as_two(model: LlmModel, recognizer: Recognizer) -> None:
+    def guided(seed: int, text: str | None = None) -> InferenceRequest:
+        request = asked(seed, text, guidance=2)
+        return replace(request, inputs={**request.inputs, "against": np.arange(30, 60, dtype=np.int64)})
+
+    drawn = [answered(model, guided(seed))["mixed"] for seed in seeds(7, 2)]
+    losses = [loss(recognizer, mixed) for mixed in drawn]
+    np.testing.assert_array_equal(answered(model, guided(7, TEXT))["mixed"], drawn[int(np.argmin(losses))])
+    assert tuple(drawn[0]) != tuple(answered(model, asked(7))["mixed"])
+    without = asked(7, guidance=2)
+    np.testing.assert_array_equal(answered(model, without)["mixed"], answered(model, asked(7))["mixed"])
+
+
+def test_guidance_is_the_checkpoints_or_the_operators(reading: Checkpoint, tmp_path: Path) -> None:
+    folder = tmp_path / "guided"
+    shutil.copytree(reading.root, folder)
+    (folder / "editx.json").write_text('{"name": "tiny", "guidance": 2}')
+    request = asked(7)
+    away = replace(request, inputs={**request.inputs, "against": np.arange(30, 60, dtype=np.int64)})
+    found = {}
+    for name, settings in {"theirs": {}, "none": {"guidance": 0.0}, "one slot": {"slots": 1}}.items():
+        chosen = LlmSettings(**{"slots": 4, "context": 1024, "dtype": "float32", **settings})  # type: ignore[arg-type]
+        model = LlmModel(Checkpoint.resolve(folder), settings=chosen)
+        found[name] = tuple(answered(model, away)["mixed"])
+        [forced] = model.infer([replace(away, parameters={**away.parameters, "guidance": 2})])
+        assert isinstance(forced, UserError) == (name == "one slot")
+        model.close()
+    assert found["theirs"] != found["none"] == found["one slot"]
 
 
 @pytest.mark.parametrize("text", [None, "", "他说", "1984"])
