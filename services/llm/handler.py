@@ -17,7 +17,7 @@ from services.llm.sampling import MEL_FRAMES_PER_GROUP, audible_share, length_bo
 from shared.artifacts import Generated, Tokenized
 from shared.codes import GROUP, GROUP_S, Codes
 from shared.errors import PermanentError
-from shared.inference.port import Inference, Tensors, given
+from shared.inference.port import Inference, Parameters, Tensors, given
 from shared.prompts import Turn, edit_turns
 from shared.schemas.edit import Edit
 from shared.schemas.request import SEED_MAX
@@ -67,7 +67,10 @@ class GenerateHandler:
         step.progress(0.05, "writing audio tokens")
         count, groups, longest_s = int(parameters["n_best"]), len(mixed) // GROUP, parameters["max_duration_s"]
         audible = audible_share(source.prompt_mel) * len(source.mixed) / max(1, len(mixed))
-        bounds = length_bounds(edit, groups, parameters["text"], audible=audible, max_duration_s=longest_s)
+        fewest, most = length_bounds(edit, groups, parameters["text"], audible=audible, max_duration_s=longest_s)
+        limits: dict[str, Any] = {"min_groups": fewest, "max_groups": most}
+        if edit.type == "vad":
+            limits["ends_full"] = 1  # a whole copy is as long as it may be
         began = time.perf_counter()
         seeds = [(int(parameters["seed"]) + number * SEED_STRIDE) % (SEED_MAX + 1) for number in range(count)]
         said = edit.target_text or parameters["text"] or ""
@@ -76,7 +79,7 @@ class GenerateHandler:
             inputs["text"] = np.array([ord(character) for character in said], np.int32)
         if plain := _plain(edit):
             inputs["against"] = np.asarray(self._encode(edit_turns(plain, parameters["text"], mixed)), np.int64)
-        found = self._generate_all(step, inputs, seeds, bounds)
+        found = self._generate_all(step, inputs, seeds, limits)
         names = [GENERATED] if count == 1 else [candidate(number) for number in range(count)]
         for name, generated in zip(names, found, strict=True):
             step.write(name, generated.to_bytes())
@@ -88,23 +91,23 @@ class GenerateHandler:
         step.measure("rtf", (time.perf_counter() - began) / seconds)
 
     def _generate_all(
-        self, step: StepContext, inputs: Tensors, seeds: list[int], bounds: tuple[int, int]
+        self, step: StepContext, inputs: Tensors, seeds: list[int], limits: Parameters
     ) -> list[Generated]:
         """One candidate per seed, side by side so that they share a batch."""
         if len(seeds) == 1:
-            return [self._generate(step, inputs, seeds[0], bounds)]
+            return [self._generate(step, inputs, seeds[0], limits)]
         with ThreadPoolExecutor(len(seeds)) as pool:
             contexts = [contextvars.copy_context() for _ in seeds]  # the trace goes along
-            calls = [pool.submit(context.run, self._generate, step, inputs, seed, bounds)
+            calls = [pool.submit(context.run, self._generate, step, inputs, seed, limits)
                      for context, seed in zip(contexts, seeds, strict=True)]  # fmt: skip
             return [call.result() for call in calls]
 
-    def _generate(self, step: StepContext, inputs: Tensors, seed: int, bounds: tuple[int, int]) -> Generated:
+    def _generate(self, step: StepContext, inputs: Tensors, seed: int, limits: Parameters) -> Generated:
         parameters = given(**{name: step.step.parameters[name] for name in SAMPLING})
         answer = self._inference.infer(
             MODEL,
             inputs,
-            parameters={**parameters, "seed": seed, "min_groups": bounds[0], "max_groups": bounds[1]},
+            parameters={**parameters, **limits, "seed": seed},
             deadline=step.deadline,
             cancelled=step.cancelled,
             priority=step.priority,

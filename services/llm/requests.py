@@ -144,7 +144,7 @@ class Draft:
         if len(self.sampler.tokens) % GROUP == 0 and (ended or self.sampler.groups % LOOP_CHECK_GROUPS == 0):
             if find_loop(self.sampler.tokens) is not None:
                 return "loop"
-            if ended and self.sampler.at_limit:
+            if ended and self.sampler.at_limit and not self.generation.settings.ends_full:
                 return "no_end"
         return None
 

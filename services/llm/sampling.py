@@ -34,7 +34,8 @@ class SamplingSettings:
     `repetition_window` tokens (10 and 0.1 in the official release's first form, off in its present one); window 0
     switches it off.
     `attempts`: how often a collapsed sequence is drawn anew. `guidance`: how far the draw goes away from another prompt
-    where one is given (arXiv 2306.17806); 0 leaves it out of account.
+    where one is given (arXiv 2306.17806); 0 leaves it out of account. `ends_full`: reaching `max_groups` is an end like
+    another, not a collapse.
     """
 
     temperature: float = 0.7
@@ -47,6 +48,7 @@ class SamplingSettings:
     max_groups: int = 1500
     attempts: int = 3
     guidance: float = 0.0
+    ends_full: bool = False
 
     def __post_init__(self) -> None:
         rules = {
@@ -167,7 +169,7 @@ _BOUNDS = {
     "emotion": (0.4, 2.0, 12),
     "style": (0.4, 2.5, 12),
     "denoise": (0.7, 1.3, 8),
-    "vad": (0.1, 1.0, 2),
+    "vad": (0.1, 1.0, 0),
     "paralinguistic": (0.6, 1.6, 12),
     "speed faster": (0.4, 1.2, 4),
     "speed slower": (0.8, 2.5, 8),
@@ -179,6 +181,7 @@ GROUPS_PER_SOUND = 17
 MEL_FRAMES_PER_GROUP = 6
 PAUSE_FRAMES = 12
 """0.24 s: what is left of it in whole groups and what the decoder adds stays below 0.3 s."""
+TAIL_FRAMES = 2
 HEARD_RANGE = 4.6
 """Of a log mel: 40 dB."""
 GROUPS_PER_UNIT = 0.2 / GROUP_S
@@ -213,15 +216,17 @@ def _heard(mel: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
 
 
 def outside_pauses(mel: npt.NDArray[np.float32], groups: int) -> npt.NDArray[np.bool_]:
-    """Which of a recording's groups are not wholly inside a pause, where nothing can be heard for PAUSE_FRAMES or more,
-    (groups,); all of them where nothing stands out. `mel` (frames, bins) must last as long as the groups do."""
+    """Which of a recording's groups are not inside a pause, where nothing can be heard for PAUSE_FRAMES or more,
+    (groups,); all of them where nothing stands out. A sound's last TAIL_FRAMES may go with the pause behind it. `mel`
+    (frames, bins) must last as long as the groups do.
+    """
     kept = np.ones(groups, bool)
     heard = _heard(mel) if len(mel) else np.zeros(0, bool)
     if not heard.any():
         return kept
     for start, stop in np.flatnonzero(np.diff(np.concatenate([[0], ~heard, [0]]))).reshape(-1, 2):
         if stop - start >= PAUSE_FRAMES:
-            kept[-(-start // MEL_FRAMES_PER_GROUP) : stop // MEL_FRAMES_PER_GROUP] = False
+            kept[-((TAIL_FRAMES - start) // MEL_FRAMES_PER_GROUP) : stop // MEL_FRAMES_PER_GROUP] = False
     return kept
 
 

@@ -300,6 +300,11 @@ def test_a_collapsed_sequence_is_drawn_anew_and_then_reported(tiny: Step1, make_
     assert not np.array_equal(outcome.mixed, first.mixed)
 
 
+def test_reaching_the_limit_is_an_end_where_told(tiny: Step1, make_engine: MakeEngine) -> None:
+    outcome = make_engine(tiny).submit(ask(1, **{**NEVER_END, "attempts": 3, "ends_full": 1})).result()
+    assert (len(outcome.mixed), outcome.attempts, outcome.collapse) == (60, 1, None)
+
+
 def test_a_loop_ends_an_attempt_before_its_limit(tiny: Step1, make_engine: MakeEngine) -> None:
     engine = make_engine(tiny)
     stuck = SamplingSettings(temperature=0.0, repetition_window=0, min_groups=150, max_groups=150, attempts=1)

@@ -191,6 +191,10 @@ def test_groups_wholly_inside_a_pause_are_left_out() -> None:
     level = np.full((120, 80), -11.0, np.float32)  # 20 groups of six frames
     level[:33] = level[57:84] = level[95:120] = -2.0  # 24 silent frames, then 11
     assert np.flatnonzero(~outside_pauses(level, 20)).tolist() == [6, 7, 8], "the parts at its ends stay"
+    level[33:57] = -2.0
+    level[32:57] = -11.0
+    assert np.flatnonzero(~outside_pauses(level, 20)).tolist() == [5, 6, 7, 8], "two frames of a sound's end go too"
+    level[32] = -2.0
     level[33:57] = -6.7
     assert not outside_pauses(level, 20)[6:9].any(), "40 dB below the loud frames is silence"
     level[33:57] = -6.5
