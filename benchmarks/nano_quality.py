@@ -30,7 +30,7 @@ import torch
 from benchmarks.griffin_lim import mel_to_wave
 from editx import Editor
 from services.trainer.data.paralinguistic_sounds import TAGS, tagged_text, with_sound
-from services.trainer.evaluate.judges import Judges, similarity, word_error_rate
+from services.trainer.evaluate.judges import Judges, frame_levels, similarity, word_error_rate
 from services.trainer.recipes.nano import assets, augment, corpus, sounds, teacher, texts
 from shared.audio.features import prompt_mel
 from shared.audio.io import Waveform, read_audio
@@ -324,12 +324,6 @@ def audible_s(audio_16k: np.ndarray) -> float:
     """Seconds of 20 ms frames within 40 dB of the loudest."""
     level = frame_levels(audio_16k)
     return float((level > level.max() - 40.0).sum()) * 0.02 if len(level) else 0.0
-
-
-def frame_levels(audio_16k: np.ndarray) -> np.ndarray:
-    """Level of each 20 ms frame, dB."""
-    frames = audio_16k[: len(audio_16k) // 320 * 320].reshape(-1, 320)
-    return np.asarray(10 * np.log10((frames**2).mean(1) + 1e-10))
 
 
 def longest_pause_s(audio_16k: np.ndarray, floor_db: float = -35.0) -> float:

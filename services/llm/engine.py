@@ -63,6 +63,10 @@ class Engine(GenerationEngine):
             self._begins.wait(BEGIN_S)
 
     @property
+    def guides(self) -> bool:
+        return self.settings.slots > 1
+
+    @property
     def prefix_hits(self) -> int:
         return self._prefixes.hits
 

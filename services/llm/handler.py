@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from services.llm.sampling import MEL_FRAMES_PER_GROUP, audible_share, length_bounds, outside_pauses
 from shared.artifacts import Generated, Tokenized
@@ -37,16 +38,15 @@ def _plain(edit: Edit) -> Edit | None:
     return Edit(type="emotion", detail="remove") if is_manner else None
 
 
-def _without_pauses(source: Tokenized) -> Codes:
-    """A recording's audio tokens without its pauses, as far as they can be told.
+def _without_pauses(mixed: Codes, mel: npt.NDArray[np.float32]) -> Codes:
+    """A recording's audio tokens without its pauses, as far as its mel tells them.
 
     The published front end cuts the ends of the tokens and not those of the mel, which are then left as they are.
     """
-    groups = len(source.mixed) // GROUP
-    if abs(len(source.prompt_mel) / MEL_FRAMES_PER_GROUP - groups) > 1:
-        return source.mixed
-    kept = outside_pauses(source.prompt_mel, groups)
-    return source.mixed[: groups * GROUP].reshape(groups, GROUP)[kept].reshape(-1)
+    groups = len(mixed) // GROUP
+    if abs(len(mel) / MEL_FRAMES_PER_GROUP - groups) > 1:
+        return mixed
+    return mixed[: groups * GROUP].reshape(groups, GROUP)[outside_pauses(mel, groups)].reshape(-1)
 
 
 class GenerateHandler:
@@ -62,23 +62,24 @@ class GenerateHandler:
         """Raises UserError for texts and tags that cannot be used."""
         parameters = step.step.parameters
         edit, source = Edit.model_validate(parameters["edit"]), Tokenized.from_bytes(step.read("tokens"))
-        mixed = _without_pauses(source) if edit.type == "vad" else source.mixed
-        prompt = np.asarray(self._encode(edit_turns(edit, parameters["text"], mixed)), np.int64)
+        mixed, audible, limits = source.mixed, 0.0, dict[str, Any]()
+        if edit.type == "vad":
+            whole, mixed = len(mixed), _without_pauses(mixed, source.prompt_mel)
+            audible = audible_share(source.prompt_mel) * whole / max(1, len(mixed))
+            limits["ends_full"] = 1  # a whole copy is as long as it may be
+        inputs: dict[str, np.ndarray[Any, Any]] = {"prompt": self._prompt(edit, parameters["text"], mixed)}
         step.progress(0.05, "writing audio tokens")
         count, groups, longest_s = int(parameters["n_best"]), len(mixed) // GROUP, parameters["max_duration_s"]
-        audible = audible_share(source.prompt_mel) * len(source.mixed) / max(1, len(mixed))
-        fewest, most = length_bounds(edit, groups, parameters["text"], audible=audible, max_duration_s=longest_s)
-        limits: dict[str, Any] = {"min_groups": fewest, "max_groups": most}
-        if edit.type == "vad":
-            limits["ends_full"] = 1  # a whole copy is as long as it may be
+        limits["min_groups"], limits["max_groups"] = length_bounds(
+            edit, groups, parameters["text"], audible=audible, max_duration_s=longest_s
+        )
         began = time.perf_counter()
         seeds = [(int(parameters["seed"]) + number * SEED_STRIDE) % (SEED_MAX + 1) for number in range(count)]
         said = edit.target_text or parameters["text"] or ""
-        inputs: dict[str, np.ndarray[Any, Any]] = {"prompt": prompt}
         if said:
             inputs["text"] = np.array([ord(character) for character in said], np.int32)
         if plain := _plain(edit):
-            inputs["against"] = np.asarray(self._encode(edit_turns(plain, parameters["text"], mixed)), np.int64)
+            inputs["against"] = self._prompt(plain, parameters["text"], mixed)
         found = self._generate_all(step, inputs, seeds, limits)
         names = [GENERATED] if count == 1 else [candidate(number) for number in range(count)]
         for name, generated in zip(names, found, strict=True):
@@ -89,6 +90,10 @@ class GenerateHandler:
         step.measure("draws", sum(generated.attempts for generated in found))
         step.measure("collapsed", sum(generated.collapsed for generated in found))
         step.measure("rtf", (time.perf_counter() - began) / seconds)
+
+    def _prompt(self, edit: Edit, text: str | None, mixed: Codes) -> npt.NDArray[np.int64]:
+        """The chat that asks for an edit of a recording, as ids (n,)."""
+        return np.asarray(self._encode(edit_turns(edit, text, mixed)), np.int64)
 
     def _generate_all(
         self, step: StepContext, inputs: Tensors, seeds: list[int], limits: Parameters

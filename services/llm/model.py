@@ -50,12 +50,12 @@ class LlmModel:
         chosen = settings or from_environment(LlmSettings)
         make = _vllm_engine if chosen.engine == "vllm" else _builtin_engine
         self.engine = make(checkpoint, device or chosen.device, chosen)
-        metadata, self._guides = checkpoint.metadata, chosen.engine == "builtin" and chosen.slots > 1
+        metadata = checkpoint.metadata
         guidance = metadata.guidance if chosen.guidance is None else chosen.guidance
-        self._defaults: dict[str, float] = {"guidance": guidance} if self._guides else {}
+        self._defaults: dict[str, float] = {"guidance": guidance} if self.engine.guides else {}
         if metadata.temperature is not None:
             self._defaults["temperature"] = metadata.temperature
-        candidates = chosen.candidates or checkpoint.metadata.candidates
+        candidates = chosen.candidates or metadata.candidates
         reads = candidates > 1 and checkpoint.has_recognizer
         self._choice = WordChoice(load_recognizer(checkpoint), candidates) if reads else None
 
@@ -82,7 +82,7 @@ class LlmModel:
         try:
             settings, text = self._sampling(request), _text(request)
             count = self._choice.count(text) if self._choice else 1
-            if count > 1 and settings.guidance and "against" in request.inputs:
+            if _against(request, settings) is not None:
                 count = max(1, count // 2)  # a guided answer is the work of two
             drawn = [replace(settings, seed=seed) for seed in seeds(settings.seed, count)]
             return self._submit(request, drawn, streams=False), text
@@ -96,13 +96,7 @@ class LlmModel:
         self, request: InferenceRequest, drawn: Sequence[SamplingSettings], *, streams: bool
     ) -> list[Generation]:
         """One generation for each of the settings, all of them or none."""
-        prompt, against = _ids(request, "prompt"), None
-        if drawn[0].guidance and "against" in request.inputs:
-            if not self._guides:
-                raise UserError("Guided draws need the built-in engine and two slots.",
-                                "Leave guidance out, or change EDITX_LLM_ENGINE or EDITX_LLM_SLOTS.",
-                                "invalid_sampling")  # fmt: skip
-            against = _ids(request, "against")
+        prompt, against = _ids(request, "prompt"), _against(request, drawn[0])
         generations: list[Generation] = []
         try:
             for settings in drawn:
@@ -188,6 +182,11 @@ def sampling_settings(parameters: Parameters) -> SamplingSettings:
 
 def _ids(request: InferenceRequest, name: str) -> npt.NDArray[np.int64]:
     return np.ascontiguousarray(request.inputs[name], dtype=np.int64).reshape(-1)
+
+
+def _against(request: InferenceRequest, settings: SamplingSettings) -> npt.NDArray[np.int64] | None:
+    """The prompt that the draws are guided away from, where they are."""
+    return _ids(request, "against") if settings.guidance and "against" in request.inputs else None
 
 
 def _text(request: InferenceRequest) -> str:

@@ -245,14 +245,21 @@ class GenerationEngine(ABC):
     def submit(self, generation: Generation) -> Generation:
         """Queue a sequence; returns it. The result's length is capped by what the context leaves.
 
-        Raises UserError for a prompt that does not fit, InferenceUnavailable when too many wait already.
+        Raises UserError for a prompt that does not fit and for guidance that the engine cannot give,
+        InferenceUnavailable when too many wait already.
         """
+        if generation.against is not None and not self.guides:
+            raise UserError("Guided draws need the built-in engine and two slots.",
+                            "Leave guidance out, or change EDITX_LLM_ENGINE or EDITX_LLM_SLOTS.",
+                            "invalid_sampling")  # fmt: skip
         generation.fit(self._vocabulary_size, self.settings.context)
-        if len(generation.prompts) > self.settings.slots:
-            raise UserError("A guided sequence needs two slots.", "Raise EDITX_LLM_SLOTS, or leave guidance out.",
-                            "no_slots")  # fmt: skip
         self._waiting.push(generation)
         return generation
+
+    @property
+    def guides(self) -> bool:
+        """Whether sequences may be guided away from another prompt."""
+        return False
 
     @property
     def load(self) -> tuple[int, int]:

@@ -149,10 +149,15 @@ class Judges:
         )
 
 
+def frame_levels(audio_16k: np.ndarray) -> np.ndarray:
+    """Level of each 20 ms frame, dB."""
+    frames = audio_16k[: len(audio_16k) // 320 * 320].reshape(-1, 320)
+    return np.asarray(10 * np.log10((frames**2).mean(1) + 1e-10))
+
+
 def without_ends(audio: np.ndarray, floor_db: float = -40.0) -> np.ndarray:
     """From the first to the last 20 ms frame within `floor_db` of the loudest, 16 kHz."""
-    frames = audio[: len(audio) // 320 * 320].reshape(-1, 320)
-    level = 10 * np.log10((frames**2).mean(1) + 1e-10)
+    level = frame_levels(audio)
     loud = np.flatnonzero(level > level.max() + floor_db) if len(level) else level
     return audio[loud[0] * 320 : (loud[-1] + 1) * 320] if len(loud) else audio
 
