@@ -208,10 +208,18 @@ def log_probs(
     at = batch.at
     before = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, T, hidden)
     wanted = batch.ids.gather(1, at + 1)
-    result, entropy = (torch.zeros_like(batch.mask) for _ in range(2))
-    steps = torch.arange(batch.mask.shape[1], device=at.device)
-    forced = steps[None] >= batch.max_groups[:, None] * GROUP
-    counts = (batch.mask > 0) & ~forced
+    return log_probs_after(model, before, wanted, batch.mask, batch.max_groups, vocabulary, temperature)
+
+
+def log_probs_after(
+    model: Step1, before: Tensor, wanted: Tensor, mask: Tensor, max_groups: Tensor, vocabulary: Vocabulary,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same from hidden states before each answer token (B, T, hidden), the tokens' ids and mask (B, T)."""
+    result, entropy = (torch.zeros_like(mask) for _ in range(2))
+    steps = torch.arange(mask.shape[1], device=mask.device)
+    forced = steps[None] >= max_groups[:, None] * GROUP
+    counts = (mask > 0) & ~forced
     kinds = [steps == 0, (steps % GROUP == 0) & (steps > 0), steps % GROUP == 1, steps % GROUP >= LINGUISTIC_PER_GROUP]
     for kind, step in zip(kinds, (0, GROUP, 1, LINGUISTIC_PER_GROUP), strict=True):
         chosen = counts & kind[None]

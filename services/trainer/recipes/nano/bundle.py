@@ -35,6 +35,7 @@ PARTS = {
     "decoder": ("audio", "runs/linguistic", "runs/semantic", "runs/speaker"),
     "llm": ("codes", "plain", "runs/text", "runs/linguistic", "runs/semantic"),
     "recognizer": ("codes", "plain", "runs/flow"),
+    "words": ("codes", "plain", "runs/text", "runs/llm", "runs/recognizer"),
 }
 """What each part reads. The runs before a step travel without their optimizers."""
 

@@ -38,14 +38,14 @@ from shared.models.spectral import SpectralConfig, SpectralVocoder
 from shared.models.step1 import Step1
 from shared.prompts import TextTokenizer
 
-VERSION = "0.8.0"
+VERSION = "0.9.0"
 SPEAKER_FILE = Path(EDITX_FOLDER) / DECODER_FOLDER / "campplus.onnx"
 TOKENIZERS = ("linguistic", "semantic", "speaker")
 TEMPERATURE = 0.2
 """Of 0.2, 0.4 and 0.7 the one with the fewest wrong words, on sentences and voices outside the benchmark."""
 CANDIDATES = 8
 """Answers of which the recogniser keeps one."""
-GUIDANCE = 1.0
+GUIDANCE = 3.5
 """Away from the same said plainly, for edits of the manner."""
 MEL = {
     "num_mels": 80,
@@ -83,7 +83,7 @@ def write_language_model(folder: Path) -> None:
     tokenizer = text_tokenizer.tokenizer_file()
     recipe = llm.GPU
     model = Step1(llm.config(recipe, TextTokenizer.from_file(tokenizer).vocab_size))
-    load("llm", "model", model)
+    load("words" if Run("words", {}, 0).step else "llm", "model", model)
     (folder / "config.json").write_text(model.config.to_json())
     save_file(halved(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(tokenizer, folder / "tokenizer.model")

@@ -148,8 +148,8 @@ class Batch(NamedTuple):
 class Pool:
     """Readings of one origin, and the pairs among them. Each of `items` has its codes interleaved as well.
 
-    groups: readings of one sentence by one voice; voices: by one voice in one manner; varied: those that also come in
-    noise and with pauses.
+    groups: readings of one sentence by one voice, one in each manner; voices: by one voice in one manner; varied: those
+    that also come in noise and with pauses.
     """
 
     def __init__(self, items: Iterable[Item]) -> None:
@@ -157,11 +157,12 @@ class Pool:
             item | {f"{name}_mixed": interleave(*item[name]) for name in VARIANTS if name in item} for item in items
         ]
         self.varied = [item for item in self.items if "noisy" in item]
-        groups, voices = defaultdict(list), defaultdict(list)
+        groups: dict[int, dict[str, Item]] = defaultdict(dict)
+        voices: dict[tuple[str, str], list[Item]] = defaultdict(list)
         for item in self.items:
-            groups[item["row"]["group"]].append(item)
+            groups[item["row"]["group"]][item["row"]["manner"]] = item
             voices[item["row"]["voice_name"], item["row"]["manner"]].append(item)
-        self.groups = [group for group in groups.values() if len(group) > 1]
+        self.groups = [list(group.values()) for group in groups.values() if len(group) > 1]
         self.voices = [items for items in voices.values() if len(items) > 1]
         weights = np.array([len(items) for items in self.voices], float) ** 0.5
         self._voice_share = weights / weights.sum()
@@ -179,7 +180,7 @@ class Pool:
         return _two(self.voices[int(rng.choice(len(self.voices), p=self._voice_share))], rng)
 
     def same_words(self, rng: np.random.Generator) -> tuple[Item, Item]:
-        """Two readings of one sentence by one voice."""
+        """Two readings of one sentence by one voice, in two manners."""
         return _two(self.groups[int(rng.integers(len(self.groups)))], rng)
 
 
@@ -213,7 +214,7 @@ class Examples:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(text_tokenizer.tokenizer_file()))
         self._places = alignment.TextPlaces([processor.id_to_piece(i) for i in range(tokenizer.audio_offset)])
 
-    def _pool(self, rng: np.random.Generator) -> Pool:
+    def pool(self, rng: np.random.Generator) -> Pool:
         return self.pools["teacher" if rng.random() < self.recipe.teachers else "cheap"]
 
     def text(self, rng: np.random.Generator) -> Example:
@@ -224,7 +225,7 @@ class Examples:
 
     def plain(self, rng: np.random.Generator) -> Example:
         """A text and its audio, one after the other in either order: the paper's blend of one to one."""
-        item = self._pool(rng).reading(rng)
+        item = self.pool(rng).reading(rng)
         text, audio = Turn("human", (item["row"]["text"],)), assistant_turn(item["clean_mixed"])
         if rng.random() < 0.8:
             return self._answered([text], item)
@@ -233,13 +234,13 @@ class Examples:
 
     def clone(self, rng: np.random.Generator) -> Example:
         """Another utterance of the same voice in the same manner as the reference."""
-        reference, target = self._pool(rng).same_voice(rng)
+        reference, target = self.pool(rng).same_voice(rng)
         turns = clone_turns(reference["row"]["text"], reference["clean_mixed"], target["row"]["text"])
         return self._answered(turns, target, given=reference)
 
     def edit(self, rng: np.random.Generator) -> Example:
         """Two readings of one sentence by one voice, and the edit that leads from one to the other."""
-        source, target = self._pool(rng).same_words(rng)
+        source, target = self.pool(rng).same_words(rng)
         edit = edit_between(source["row"]["manner"], target["row"]["manner"])
         count = len(target["clean_mixed"])
         heard = alignment.source_times(alignment.token_times(count), target["row"], source["row"])
@@ -263,14 +264,14 @@ class Examples:
 
     def denoise(self, rng: np.random.Generator) -> Example:
         """A recording in noise, and the recording."""
-        item = self._pool(rng).variant(rng)
+        item = self.pool(rng).variant(rng)
         source = item["noisy_mixed"]
         copied = np.arange(len(item["clean_mixed"]))
         return self._copy(Edit(type="denoise"), source, item, np.where(copied < len(source), copied, -1))
 
     def vad(self, rng: np.random.Generator) -> Example:
         """A recording with pauses, or two with a silence between them, and what is left of its own groups without."""
-        pool = self._pool(rng)
+        pool = self.pool(rng)
         if rng.random() < 0.4:
             item = pool.variant(rng)
             source, silences = item["paused_mixed"], alignment.put_in(item["pauses"])

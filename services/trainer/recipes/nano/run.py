@@ -22,7 +22,7 @@ from services.trainer.recipes.nano import assets
 from services.trainer.recipes.nano.muon import Muon
 from shared.checkpoints.weights import default_dtype
 
-TRAINED = ("linguistic", "speaker", "semantic", "flow", "vocoder", "llm", "recognizer")
+TRAINED = ("linguistic", "speaker", "semantic", "flow", "vocoder", "llm", "recognizer", "words")
 """The trainings of the small checkpoint, in order."""
 
 
