@@ -7,6 +7,7 @@ audio or text; works on numpy arrays, and imports torch only where a function ta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -103,3 +104,12 @@ def time_align(mixed: Tensor) -> Tensor:
     groups = mixed.view(-1, GROUP)  # [l l s s s] per 120 ms
     linguistic = functional.pad(groups[:, :LINGUISTIC_PER_GROUP], (0, 1), value=LINGUISTIC_PAD)
     return torch.stack([linguistic, groups[:, LINGUISTIC_PER_GROUP:] + 1], dim=-1).view(-1, 2)
+
+
+def pairs_of(answers: Sequence[Codes]) -> tuple[Tensor, Tensor]:
+    """Several answers time-aligned, mixed ids (n_k,) each, a last group that is not whole left out: pairs (B, T, 2) at
+    25 Hz, filled up with zeros, and their lengths (B,)."""
+    import torch
+
+    rows = [time_align(torch.from_numpy(mixed[: len(mixed) // GROUP * GROUP]).long()) for mixed in answers]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from services.llm.requests import Outcome
-from shared.codes import GROUP, time_align
+from shared.codes import GROUP, pairs_of
 from shared.models.recognizer import Recognizer, letters
 from shared.schemas.request import SEED_MAX
 
@@ -46,8 +46,5 @@ class WordChoice:
         sound = [one for one in outcomes if one.collapse is None and len(one.mixed) >= GROUP] or list(outcomes)
         if len(sound) == 1:
             return sound[0]
-        rows = [time_align(torch.from_numpy(one.mixed[: len(one.mixed) // GROUP * GROUP]).long()) for one in sound]
-        lengths = torch.tensor([len(row) for row in rows])
-        pairs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        losses = self._recognizer.loss(pairs, lengths, [letters(text)] * len(sound))
+        losses = self._recognizer.loss(*pairs_of([one.mixed for one in sound]), [letters(text)] * len(sound))
         return sound[int(np.argmin(losses.numpy()))]

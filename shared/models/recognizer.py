@@ -8,8 +8,9 @@ flow. It reads Latin letters; of texts in other scripts it says nothing. Knows n
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import eq
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,11 @@ def letters(text: str) -> list[int]:
     return [LETTERS.index(char) + 1 for char in words]
 
 
+def frames_needed(text: Sequence[int]) -> int:
+    """The fewest frames in which CTC can say letters: one each, and one between two alike."""
+    return len(text) + sum(first == second for first, second in pairwise(text))
+
+
 class Recognizer(nn.Module):
     """Pairs of codes at 25 Hz to letters."""
 
@@ -80,7 +86,7 @@ class Recognizer(nn.Module):
         """Minus the log likelihood per letter of texts (of `letters`, none empty), (B,) float32; at most WORST_LOSS."""
         counts = torch.tensor([len(text) for text in texts], device=pairs.device)
         wanted = torch.tensor([letter for text in texts for letter in text], device=pairs.device)
-        repeats = torch.tensor([sum(map(eq, text, text[1:])) for text in texts], device=pairs.device)
+        needed = torch.tensor([frames_needed(text) for text in texts], device=pairs.device)
         by_frame = self(pairs, lengths).transpose(0, 1)
         total = F.ctc_loss(by_frame, wanted, lengths, counts, blank=BLANK, reduction="none", zero_infinity=True)
-        return torch.where(counts + repeats <= lengths, (total / counts).clamp(max=WORST_LOSS), WORST_LOSS)
+        return torch.where(needed <= lengths, (total / counts).clamp(max=WORST_LOSS), WORST_LOSS)

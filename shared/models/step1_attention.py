@@ -77,7 +77,7 @@ def _by_group(x: Tensor, groups: int) -> Tensor:
     return x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
 
 
-def _attend_block(q: Tensor, k: Tensor, v: Tensor, reversed_bias: Tensor) -> Tensor:
+def attend_block(q: Tensor, k: Tensor, v: Tensor, reversed_bias: Tensor) -> Tensor:
     """q (B, H, C, D) over k, v (B, G, N, D) with the bias of the reversed queries; -> (B, H, C, D)."""
     if q.is_cuda:  # the fused kernel with a bias wants equal head counts
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -130,7 +130,7 @@ class WholeSequences:
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         length = q.shape[2]
         if q.is_cuda or q.dtype is not torch.bfloat16 or not q.requires_grad:
-            return _attend_block(q, k, v, self._bias(length, q))
+            return attend_block(q, k, v, self._bias(length, q))
         if length not in self._blocks:
             starts = range(0, length, QUERY_BLOCK)
             ends = [min(start + QUERY_BLOCK, length) for start in starts]
@@ -255,7 +255,7 @@ class CachedPrefill:
         keys[:, self.start : self.stop] = k[0].transpose(0, 1)
         values[:, self.start : self.stop] = v[0].transpose(0, 1)
         seen_k, seen_v = keys[None, :, : self.stop], values[None, :, : self.stop]
-        return _attend_block(q.transpose(1, 2), seen_k, seen_v, self.bias).transpose(1, 2)
+        return attend_block(q.transpose(1, 2), seen_k, seen_v, self.bias).transpose(1, 2)
 
 
 class CachedDecode:

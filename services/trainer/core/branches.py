@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from services.trainer.core.sampling import Ids, Vocabulary
 from shared.codes import Codes
 from shared.models.step1 import Step1
+from shared.models.step1_attention import SqrtAlibi, attend_block
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ def branches(prompt: Ids, answers: Sequence[Codes], vocabulary: Vocabulary, devi
 def states_before(model: Step1, row: Branches) -> Tensor:
     """Hidden states from which each token of the answers is predicted, (K, L, hidden)."""
     start, (count, length) = row.prompt, row.wanted.shape
-    attend = _Attend(model.alibi.slopes_on(row.ids.device), start, count, length)
+    attend = _Attend(model.alibi, start, count, length, row.ids.device)
     hidden = model.hidden_states(row.ids, attend=attend)[0]
     answers = hidden[start:].unflatten(0, (count, length))
     return torch.cat([hidden[start - 1].expand(count, 1, -1), answers[:, :-1]], 1)
@@ -59,26 +59,21 @@ def states_before(model: Step1, row: Branches) -> Tensor:
 class _Attend:
     """The prompt sees itself, each answer the prompt and itself."""
 
-    def __init__(self, slopes: Tensor, start: int, count: int, length: int) -> None:
+    def __init__(self, alibi: SqrtAlibi, start: int, count: int, length: int, device: torch.device) -> None:
         self._start, self._count = start, count
-        self._bias_of_prompt = _bias(slopes, 0, start)
-        self._bias_of_answers = _bias(slopes, start, start + length)
+        self._bias_of_prompt = alibi.reversed_block(0, start, device)
+        self._bias_of_answers = alibi.reversed_block(start, length, device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (1, N, H, D), k and v (1, N, G, D) -> (1, N, H, D)."""
-        repeats = q.shape[2] // k.shape[2]
-        q = q.transpose(1, 2)
-        k, v = (x.transpose(1, 2).repeat_interleave(repeats, 1) for x in (k, v))
-        start = self._start
-        prompt = F.scaled_dot_product_attention(
-            q[:, :, :start], k[:, :, :start], v[:, :, :start], attn_mask=self._bias_of_prompt.to(q.dtype)
-        )
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        first_q, first_k, first_v = (x[:, :, : self._start] for x in (q, k, v))
+        prompt = attend_block(first_q, first_k, first_v, self._bias_of_prompt.to(q.dtype))
         seen_k, seen_v = (
-            torch.cat([x[:, :, :start].expand(self._count, -1, -1, -1), self._branched(x)], 2) for x in (k, v)
+            torch.cat([first.expand(self._count, -1, -1, -1), self._branched(x)], 2)
+            for first, x in ((first_k, k), (first_v, v))
         )
-        answers = F.scaled_dot_product_attention(
-            self._branched(q), seen_k, seen_v, attn_mask=self._bias_of_answers.to(q.dtype)
-        )
+        answers = attend_block(self._branched(q), seen_k, seen_v, self._bias_of_answers.to(q.dtype))
         joined = torch.cat([prompt, answers.transpose(0, 1).flatten(1, 2)[None]], 2)
         return joined.transpose(1, 2)
 
@@ -86,11 +81,3 @@ class _Attend:
         """The answers' part of (1, H, N, D), one a row: (K, H, L, D)."""
         answers = x[0, :, self._start :]
         return answers.reshape(len(answers), self._count, -1, answers.shape[-1]).transpose(0, 1)
-
-
-def _bias(slopes: Tensor, first: int, last: int) -> Tensor:
-    """Square-root ALiBi of the queries at first..last - 1 over the keys before `last`, (1, H, last - first, last)."""
-    keys = torch.arange(last, device=slopes.device)
-    distance = keys[first:, None] - keys
-    row = torch.where(distance >= 0, -distance.clamp(min=0).to(torch.float32).sqrt(), -torch.inf)
-    return torch.where(distance >= 0, row * slopes[:, None, None], -torch.inf)[None]

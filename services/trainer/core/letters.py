@@ -2,26 +2,24 @@
 
 A recogniser's letter probabilities are laid along the text by the likeliest CTC path. Beside other answers to the same
 prompt this gives every letter a score above or below the usual, which is far less noisy than one number per answer.
-Knows nothing about models.
+Knows nothing about language models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from shared.codes import GROUP
+from shared.codes import GROUP, SEMANTIC_PER_GROUP
+from shared.models.recognizer import BLANK, frames_needed
 
 Floats = npt.NDArray[np.float64]
 
-BLANK = 0
 WORST_SCORE = -8.0
 """Of a frame: what is lower than this is as bad as this."""
-FRAMES_PER_GROUP = 3
 FRAME_IN_GROUP = np.array([0.0, 1.5, 0.0, 1.0, 2.0])
 """Of each of a group's five tokens: two linguistic ones at 16.7 Hz, three semantic ones at 25."""
 LOOKAHEAD = 3
@@ -34,11 +32,6 @@ class Alignment(NamedTuple):
 
     scores: Floats
     frames: Floats
-
-
-def frames_needed(letters: Sequence[int]) -> int:
-    """The fewest frames in which CTC can say them: one each, and one between two alike."""
-    return len(letters) + sum(a == b for a, b in pairwise(letters))
 
 
 def aligned(log_probs: npt.NDArray[np.floating], letters: Sequence[int]) -> Alignment:
@@ -78,7 +71,7 @@ def owed(above: Floats, frames: Floats, tokens: int) -> Floats:
     """What each of an answer's tokens and its end are owed, (tokens + 1,): of every letter's part above the usual (n,),
     said at `frames` (n,), half as much for every HALF_LIFE frames before it, nothing for what comes behind it."""
     place = np.arange(tokens + 1)
-    time = place // GROUP * FRAMES_PER_GROUP + FRAME_IN_GROUP[place % GROUP]
+    time = place // GROUP * SEMANTIC_PER_GROUP + FRAME_IN_GROUP[place % GROUP]
     ahead = frames - time[:, None]
     share = np.where((ahead >= -LOOKAHEAD) & (ahead <= LONGEST), 0.5 ** (np.maximum(ahead, 0) / HALF_LIFE), 0.0)
     result: Floats = share @ above

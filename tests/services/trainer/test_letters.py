@@ -5,7 +5,8 @@ from itertools import groupby, product
 import numpy as np
 import pytest
 
-from services.trainer.core.letters import HALF_LIFE, aligned, frames_needed, owed
+from services.trainer.core.letters import HALF_LIFE, aligned, owed
+from shared.models.recognizer import frames_needed
 
 
 def log_probs(frames: int, seed: int) -> np.ndarray:

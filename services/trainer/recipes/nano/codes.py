@@ -20,7 +20,7 @@ import torch
 
 from services.trainer.recipes.nano import assets, augment, corpus, linguistic, semantic, speaker
 from services.trainer.recipes.nano.features import Store
-from services.trainer.recipes.nano.run import Run, pick_device
+from services.trainer.recipes.nano.run import pick_device, trained
 from shared.audio.features import speaker_fbank, whisper_log_mel
 from shared.checkpoints.layout import Checkpoint
 from shared.checkpoints.tokenizer import load_linguistic, load_semantic, load_speaker
@@ -36,9 +36,7 @@ class Tokenizers:
         self.student, self.pupil = linguistic.Student(), speaker.Pupil(512)
         self.autoencoder = semantic.Autoencoder(linguistic.CONFIG.output_size)
         for name, model in (("linguistic", self.student), ("semantic", self.autoencoder), ("speaker", self.pupil)):
-            if Run(name, {"model": model}, 0).step == 0:
-                raise SystemExit(f"train it first: python -m services.trainer.recipes.nano.{name}")
-            model.to(device).eval()
+            trained(name, "model", model).to(device)
 
     def _wave(self, audio_16k: np.ndarray) -> torch.Tensor:
         return _full_scale(audio_16k).to(self.device)[None]

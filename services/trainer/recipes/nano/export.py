@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from services.trainer.data import paralinguistic_sounds
 from services.trainer.recipes.nano import flow, linguistic, llm, recognizer, semantic, speaker, teacher, text_tokenizer
-from services.trainer.recipes.nano.run import TRAINED, Run
+from services.trainer.recipes.nano.run import TRAINED, Run, trained
 from shared.checkpoints import manifest
 from shared.checkpoints.export import export_semantic_onnx, export_speaker_onnx, save_linguistic
 from shared.checkpoints.layout import (
@@ -72,18 +72,11 @@ def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().to(torch.bfloat16).contiguous() for name, tensor in state.items()}
 
 
-def load(name: str, part: str, module: nn.Module) -> nn.Module:
-    """The module with the weights of a run. Raises SystemExit where the run is missing."""
-    if Run(name, {part: module}, 0).step == 0:
-        raise SystemExit(f"there is no run {name!r}: python -m services.trainer.recipes.nano.{name}")
-    return module.eval()
-
-
 def write_language_model(folder: Path) -> None:
     tokenizer = text_tokenizer.tokenizer_file()
     recipe = llm.GPU
     model = Step1(llm.config(recipe, TextTokenizer.from_file(tokenizer).vocab_size))
-    load("words" if Run("words", {}, 0).step else "llm", "model", model)
+    trained("words" if Run("words", {}, 0).step else "llm", "model", model)
     (folder / "config.json").write_text(model.config.to_json())
     save_file(halved(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(tokenizer, folder / "tokenizer.model")
@@ -91,10 +84,10 @@ def write_language_model(folder: Path) -> None:
 
 def write_decoder(folder: Path) -> None:
     average = torch.optim.swa_utils.AveragedModel(Flow(FlowConfig.from_dict(flow.SECTION)))
-    load("flow", "average", average)
+    trained("flow", "average", average)
     save_file(halved(average.module.state_dict()), folder / "flow.safetensors")
     config = SpectralConfig()
-    wave = load("vocoder", "model", SpectralVocoder(config))
+    wave = trained("vocoder", "model", SpectralVocoder(config))
     save_file(halved(wave.state_dict()), folder / "hift.safetensors")
     section = {
         "in_channels": config.in_channels,
@@ -108,7 +101,7 @@ def write_decoder(folder: Path) -> None:
 
 def write_recognizer(root: Path) -> None:
     model = Recognizer(recognizer.config())
-    load("recognizer", "model", model)
+    trained("recognizer", "model", model)
     save_recognizer(model, root / RECOGNIZER_FILE)
 
 
@@ -116,10 +109,10 @@ def write_tokenizers(root: Path) -> None:
     """The two tokenizers and the speaker encoder, from their runs."""
     folder = root / TOKENIZER_FOLDER
     pupil = speaker.Pupil(512)
-    load("speaker", "model", pupil)
+    trained("speaker", "model", pupil)
     export_speaker_onnx(pupil.encoder.eval(), root / SPEAKER_FILE)
     student = linguistic.Student()
-    load("linguistic", "model", student)
+    trained("linguistic", "model", student)
     cmvn = torch.stack([student.shift, student.scale])
     save_linguistic(
         student.encoder,
@@ -130,7 +123,7 @@ def write_tokenizers(root: Path) -> None:
         is_half=True,
     )
     autoencoder = semantic.Autoencoder(linguistic.CONFIG.output_size)
-    load("semantic", "model", autoencoder)
+    trained("semantic", "model", autoencoder)
     encoder = autoencoder.encoder
     encoder.codebook.copy_(autoencoder.codebook.centroids)
     export_semantic_onnx(encoder.eval(), folder / "speech_tokenizer_v1.onnx", is_half=True)

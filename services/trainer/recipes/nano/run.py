@@ -119,6 +119,13 @@ class Run:
         partial.replace(self.folder / "state.pt")
 
 
+def trained(name: str, part: str, module: nn.Module) -> nn.Module:
+    """The module with the weights of a run's part, in eval mode. Raises SystemExit where the run is missing."""
+    if Run(name, {part: module}, 0).step == 0:
+        raise SystemExit(f"there is no run {name!r}, train it first: python -m services.trainer.recipes.nano.{name}")
+    return module.eval()
+
+
 class Optimizer:
     """Muon for the matrices inside a model, AdamW for everything else, behind one face.
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from services.trainer.core.branches import branches, states_before
-from services.trainer.core.letters import Floats, aligned, frames_needed, owed
+from services.trainer.core.letters import Floats, aligned, owed
 from services.trainer.core.sampling import Answer, Ids, Vocabulary, draw, log_probs_after
 from services.trainer.recipes.nano import llm, recognizer, text_tokenizer
 from services.trainer.recipes.nano.codes import Coded
-from services.trainer.recipes.nano.run import Run, cosine, pick_device, products, set_lr, training_options
-from shared.codes import GROUP, time_align
-from shared.models.recognizer import Recognizer, letters
+from services.trainer.recipes.nano.run import Run, cosine, pick_device, products, set_lr, trained, training_options
+from shared.codes import GROUP, pairs_of
+from shared.models.recognizer import Recognizer, frames_needed, letters
 from shared.models.step1 import Step1
 from shared.prompts import TextTokenizer, Turn, clone_turns, edit_turns
 
@@ -112,18 +112,16 @@ class Judged(NamedTuple):
 @torch.no_grad()
 def judge(reader: Recognizer, prompt: Prompt, answers: Sequence[Answer], device: torch.device) -> Judged:
     """What the recogniser hears of each letter in each answer, beside the other answers."""
-    rows = [time_align(torch.from_numpy(answer.mixed).long()) for answer in answers]
-    lengths = torch.tensor([len(row) for row in rows])
-    pairs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    pairs, lengths = pairs_of([answer.mixed for answer in answers])
     heard = reader(pairs.to(device), lengths.to(device)).cpu().numpy()
-    scores = np.full((len(rows), len(prompt.letters)), UNSAID)
-    frames: list[Floats | None] = [None] * len(rows)
-    for place, row in enumerate(rows):
-        if len(row) >= frames_needed(prompt.letters):
-            scores[place], frames[place] = aligned(heard[place, : len(row)], prompt.letters)
+    count = len(answers)
+    scores = np.full((count, len(prompt.letters)), UNSAID)
+    frames: list[Floats | None] = [None] * count
+    for place, length in enumerate(lengths.tolist()):
+        if length >= frames_needed(prompt.letters):
+            scores[place], frames[place] = aligned(heard[place, :length], prompt.letters)
     lasting = np.array([max(1, len(answer.mixed) / GROUP) for answer in answers])
     scores -= TIMING * np.abs(np.log(lasting / prompt.groups))[:, None]
-    count = len(rows)
     above = np.clip((scores - scores.mean(0)) * count / (count - 1), -LARGEST, LARGEST)
     return Judged(above, frames, scores.mean(1))
 
@@ -161,14 +159,6 @@ def reinforce(
     return total
 
 
-def load_reader(device: torch.device) -> Recognizer:
-    """The trained recogniser, frozen. Raises SystemExit where there is none."""
-    reader = Recognizer(recognizer.config())
-    if Run("recognizer", {"model": reader}, 0).step == 0:
-        raise SystemExit("train it first: python -m services.trainer.recipes.nano.recognizer")
-    return reader.requires_grad_(False).to(device).eval()
-
-
 def main() -> None:
     arguments = training_options(__doc__).parse_args()
     torch.set_num_threads(arguments.threads)
@@ -176,12 +166,12 @@ def main() -> None:
     recipe = GPU if device.type == "cuda" else CPU
     tokenizer = TextTokenizer.from_file(text_tokenizer.tokenizer_file())
     model = Step1(llm.config(llm.CPU, tokenizer.vocab_size))
-    if Run("llm", {"model": model}, 0).step == 0:
-        raise SystemExit("train it first: python -m services.trainer.recipes.nano.llm")
-    model.to(device)
+    trained("llm", "model", model).to(device)
+    reader = Recognizer(recognizer.config()).requires_grad_(False)
+    trained("recognizer", "model", reader).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, betas=(0.9, 0.95), weight_decay=0.0)
     run = Run("words", {"model": model, "optimizer": optimizer}, arguments.steps or recipe.steps, arguments.minutes, 25)
-    reader, vocabulary = load_reader(device), Vocabulary(tokenizer.audio_offset, tokenizer.eos)
+    vocabulary = Vocabulary(tokenizer.audio_offset, tokenizer.eos)
     prompts = Prompts(llm.Examples(Coded(), tokenizer, llm.CPU), recipe)
     while run.going:
         rng = run.rng()
