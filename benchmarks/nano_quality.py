@@ -371,8 +371,9 @@ def footprint(checkpoint: str, root: Path) -> dict[str, Scores]:
     return {
         "editx": {
             "on disk MB": size, "imports s": float(first[0]), "first edit s": float(first[1]),
-            "RTF of a second edit": rtf, "its audio s": seconds, "resident GB": resident,
-            "first audio, new voice s": new_voice, "known voice s": known_voice,
+            "of it for the start s": float(first[1]) - rtf * seconds, "RTF of a second edit": rtf,
+            "its audio s": seconds, "resident GB": resident, "first audio, new voice s": new_voice,
+            "known voice s": known_voice,
         }
     }  # fmt: skip
 

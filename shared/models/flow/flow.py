@@ -32,8 +32,9 @@ Config = TypeVar("Config", EncoderConfig, DiTConfig)
 class FlowConfig:
     """Sizes of the flow; the defaults are those of the published checkpoint.
 
-    `rough` and `longest_reference` are this project's and absent from a published configuration: how sampling is held
-    to the rough mel, and how many token pairs of a reference the flow reads at most, None for all.
+    `rough`, `longest_reference` and `voiced_rough` are this project's and absent from a published configuration: how
+    sampling is held to the rough mel, how many token pairs of a reference the flow reads at most, None for all, and
+    whether the rough mel, which knows no voice, is moved to that of the reference (`voice_shift`).
     """
 
     input_size: int = 512
@@ -45,6 +46,7 @@ class FlowConfig:
     estimator: DiTConfig = field(default_factory=DiTConfig)
     rough: RoughGuidance | None = None
     longest_reference: int | None = None
+    voiced_rough: bool = False
 
     @classmethod
     def from_dict(cls, section: Mapping[str, Any]) -> Self:
@@ -67,6 +69,7 @@ class FlowConfig:
             estimator=_pick(DiTConfig, decoder.get("estimator", {})),
             rough=None if rough is None else RoughGuidance(float(rough["width"]), float(rough["until"])),
             longest_reference=None if longest is None else int(longest),
+            voiced_rough=bool(section.get("voiced_rough", False)),
         )
 
 
@@ -87,6 +90,33 @@ def length_mask(lengths: Tensor, size: int) -> Tensor | None:
     if bool((lengths == size).all()):
         return None
     return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+QUIET_SHARE = 0.1
+STANDS_OUT = (0.5, 1.25)
+"""How far (nepers) the louder half of a bin's frames lies above its quietest tenth: in noise of 5 dB hardly 0.5, in a
+clean recording nearly always more than 1.25."""
+
+
+def voice_shift(rough: Tensor, mel: Tensor, frames: Tensor) -> Tensor:
+    """How far a reference's mel (B, P, 80) lies from its rough one (B, P, 80), (B, 1, 80) float32: the mean over its
+    louder frames among the first `frames` (B,), which most of speech is; zeros where there are none.
+
+    The rough mel is of no voice in particular; moved by this it has the reference's timbre and channel. (Mean
+    normalisation of recognisers' features, the other way round.) Bins that are full of noise, where nothing stands
+    out, have none: what they hold is not the voice.
+    """
+    rough, mel = rough.float(), mel.float()
+    inside = torch.arange(mel.shape[1], device=mel.device) < frames[:, None]
+    levels, counts = mel.mean(-1), inside.sum(1)
+    usual = (levels * inside).sum(1) / counts.clamp(min=1)
+    loud = (inside & (levels >= usual[:, None]))[..., None]
+    rough, loudest = ((part * loud).sum(1) / loud.sum(1).clamp(min=1) for part in (rough, mel))
+    sorted_bins = mel.masked_fill(~inside[..., None], torch.inf).sort(1).values
+    floor = sorted_bins[torch.arange(len(mel), device=mel.device), (QUIET_SHARE * counts).long()]
+    low, high = STANDS_OUT
+    share = ((loudest - floor - low) / (high - low)).clamp(0, 1)
+    return ((loudest - rough) * share)[:, None]
 
 
 class Flow(nn.Module):
@@ -123,6 +153,10 @@ class Flow(nn.Module):
         out: Tensor = affine(F.normalize(embedding, dim=1).to(affine.weight.dtype))
         return out
 
+    def known_frames(self, frames: Tensor) -> Tensor:
+        """How many frames of references of `frames` (B,) are made without a look at what follows, (B,)."""
+        return (frames - self.lookahead * self.frames_per_token).clamp(min=0)
+
     @torch.inference_mode()
     def sample(
         self,
@@ -148,6 +182,8 @@ class Flow(nn.Module):
         frames = mu.shape[1]
         cond = F.pad(prompt_mel[:, :frames], (0, 0, 0, max(0, frames - prompt_mel.shape[1])))
         given = torch.arange(frames, device=mu.device) < prompt_lengths[:, None]
+        if self.config.voiced_rough:
+            mu = mu + voice_shift(mu, cond, self.known_frames(prompt_lengths)).to(mu.dtype)
         conditions = Conditions(mu, self.speaker(speaker), cond.to(mu.dtype) * given[..., None])
         mask = length_mask(lengths * self.frames_per_token, frames)
         mel: Tensor = self.decoder(noise, conditions, mask, steps, cfg_rate, before_step)
@@ -179,7 +215,9 @@ class Flow(nn.Module):
         share = torch.rand(len(mel), generator=generator) * dials.prompt_max_share
         share = share * (torch.rand(len(mel), generator=generator) < dials.prompt_rate)
         given = torch.arange(frames, device=mel.device) < (share.to(mel.device) * real)[:, None].floor()
-        conditions = Conditions(mu, self.speaker(speaker), mel * given[..., None])
+        cond = mel * given[..., None]
+        told = mu + voice_shift(mu, cond, self.known_frames(given.sum(1))) if self.config.voiced_rough else mu
+        conditions = Conditions(told, self.speaker(speaker), cond)
         cfm = self.decoder.loss(mel, mask, conditions, dials, generator)
         prior = masked_error(mu, mel, mask, dials.norm)
         return FlowLoss(cfm + dials.prior_weight * prior, cfm, prior)

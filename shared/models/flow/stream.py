@@ -9,7 +9,7 @@ pairs, which look ahead into the stream, are made with the first chunk.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor
 from shared.models.flow.cfm import Conditions, flow_noise
 from shared.models.flow.dit import BlockCache
 from shared.models.flow.encoder import EncoderCache
-from shared.models.flow.flow import Flow
+from shared.models.flow.flow import Flow, voice_shift
 
 LEFT_CONTEXT_FRAMES = 96
 READING_SEED = 0
@@ -34,6 +34,7 @@ class FlowVoice:
     tokens: Tensor  # (L, 2), the last pairs of the reference, that are still to be made; L at most the look-ahead
     mel: Tensor  # (2L, 80), theirs
     frames: int  # of the whole reference
+    shift: Tensor  # (1, 1, 80), see `voice_shift`; zeros where the flow does not ask for it
     steps: int
     cfg_rate: float | None
     encoder: EncoderCache | None
@@ -68,16 +69,19 @@ def read_voice(
         raise ValueError(f"the mel has {len(mel)} frames; the tokens of the reference ask for {frames}")
     rest = max(0, len(tokens) - flow.lookahead)
     made = rest * flow.frames_per_token
+    nothing = torch.zeros(1, 1, flow.config.output_size, device=mel.device)
     voice = FlowVoice(
-        flow, flow.speaker(speaker[None]), tokens[rest:], mel[made:], frames, steps, cfg_rate, encoder=None, blocks=None
-    )
+        flow, flow.speaker(speaker[None]), tokens[rest:], mel[made:], frames, nothing, steps, cfg_rate,
+        encoder=None, blocks=None,
+    )  # fmt: skip
     if not rest:
         return voice
+    mu, encoder = _rough(flow, tokens, None, last=False)
+    if flow.config.voiced_rough:
+        voice = replace(voice, shift=voice_shift(mu, mel[None, :made], torch.tensor([made], device=mel.device)))
     noise = flow_noise(READING_SEED, made, flow.config.output_size) if noise is None else noise[:made]
-    _, encoder, blocks = _run(voice, tokens, mel[:made], noise, voice.encoder, voice.blocks, last=False)
-    return FlowVoice(
-        flow, voice.speaker, voice.tokens, voice.mel, frames, steps, cfg_rate, encoder=encoder, blocks=blocks
-    )
+    _, blocks = _make(voice, mu, mel[:made], noise, None)
+    return replace(voice, encoder=encoder, blocks=blocks)
 
 
 class FlowStream:
@@ -107,7 +111,8 @@ class FlowStream:
         tokens, given = torch.cat([self._tokens, tokens]), self._mel
         made = len(tokens) - (0 if last else self._voice.flow.lookahead)
         noise = self._next_noise(made * self._voice.flow.frames_per_token)
-        mel, self._encoder, blocks = _run(self._voice, tokens, given, noise, self._encoder, self._blocks, last=last)
+        mu, self._encoder = _rough(self._voice.flow, tokens, self._encoder, last=last)
+        mel, blocks = _make(self._voice, mu, given, noise, self._blocks)
         self._blocks = [[self._shorten(cache) for cache in step] for step in blocks]
         self._tokens, self._mel = tokens[:0], given[:0]
         return mel[len(given) :]
@@ -131,22 +136,21 @@ class FlowStream:
         return BlockCache(keys, values, cache.conv1, cache.conv2)
 
 
-def _run(
-    voice: FlowVoice,
-    tokens: Tensor,
-    given: Tensor,
-    noise: Tensor,
-    encoder: EncoderCache | None,
-    blocks: list[list[BlockCache]] | None,
-    *,
-    last: bool,
-) -> tuple[Tensor, EncoderCache, list[list[BlockCache]]]:
-    """One chunk: its mel (frames, 80) and the caches. `given` (at most frames, 80): what of the mel is known."""
-    flow = voice.flow
+def _rough(
+    flow: Flow, tokens: Tensor, encoder: EncoderCache | None, *, last: bool
+) -> tuple[Tensor, EncoderCache | None]:
+    """The rough mel of one chunk (1, frames, 80) and the encoder's cache after it."""
     hidden, encoder = flow.encoder.forward_chunk(flow.input_embedding(tokens[None]), encoder, last=last)
-    mu = flow.encoder_proj(hidden)
+    return flow.encoder_proj(hidden), encoder
+
+
+def _make(
+    voice: FlowVoice, mu: Tensor, given: Tensor, noise: Tensor, blocks: list[list[BlockCache]] | None
+) -> tuple[Tensor, list[list[BlockCache]]]:
+    """The mel (frames, 80) of one chunk's rough mel and the caches after it. `given` (at most frames, 80): what of the
+    mel is known."""
     cond = F.pad(given.to(mu), (0, 0, 0, mu.shape[1] - len(given)))[None]
-    conditions = Conditions(mu, voice.speaker, cond)
+    conditions = Conditions(mu + voice.shift.to(mu.dtype), voice.speaker, cond)
     noise = noise.to(mu.device)[None]
-    mel, blocks = flow.decoder.forward_chunk(noise, conditions, voice.steps, voice.cfg_rate, blocks)
-    return mel[0], encoder, blocks
+    mel, blocks = voice.flow.decoder.forward_chunk(noise, conditions, voice.steps, voice.cfg_rate, blocks)
+    return mel[0], blocks

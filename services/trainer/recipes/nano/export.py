@@ -38,14 +38,14 @@ from shared.models.spectral import SpectralConfig, SpectralVocoder
 from shared.models.step1 import Step1
 from shared.prompts import TextTokenizer
 
-VERSION = "0.9.0"
+VERSION = "0.10.0"
 SPEAKER_FILE = Path(EDITX_FOLDER) / DECODER_FOLDER / "campplus.onnx"
 TOKENIZERS = ("linguistic", "semantic", "speaker")
 TEMPERATURE = 0.2
 """Of 0.2, 0.4 and 0.7 the one with the fewest wrong words, on sentences and voices outside the benchmark."""
 CANDIDATES = 8
 """Answers of which the recogniser keeps one."""
-GUIDANCE = 3.5
+GUIDANCE = 2.0
 """Away from the same said plainly, for edits of the manner."""
 MEL = {
     "num_mels": 80,

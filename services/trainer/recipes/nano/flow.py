@@ -44,14 +44,15 @@ SECTION: dict[str, Any] = {
     "spk_embed_dim": 192,
     "vocab_size": 5121,
     "longest_reference": 60,
+    "voiced_rough": True,
     "encoder": {
         "input_size": 256, "output_size": 256, "pre_lookahead_len": 3, "num_blocks": 3, "num_up_blocks": 2,
         "up_stride": 2, "up_scale_factor": 2, "attention_heads": 4, "key_bias": True, "linear_units": 768,
         "normalize_before": True, "dropout_rate": 0.05,
     },
     "decoder": {
-        "inference_cfg_rate": 1.2,
-        "rough_guidance": {"width": 10.0, "until": 0.8},
+        "inference_cfg_rate": 1.6,
+        "rough_guidance": {"width": 7.0, "until": 0.8},
         "estimator": {
             "in_channels": 320, "out_channels": 80, "mlp_ratio": 3.0, "depth": 6, "num_heads": 4, "head_dim": 56,
             "hidden_size": 224,

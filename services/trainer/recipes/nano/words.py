@@ -3,14 +3,16 @@
 Learned from readings alone, it mumbles and leaves out words in its own answers. Here it draws several answers to a
 prompt, the recogniser reads them, and every token is reinforced by how much better than in the other answers the
 letters after it are said (policy gradient, a group's mean as the baseline, letter by letter: `core.letters`), and by
-how near the answer's length is to the teacher's. English prompts only, clones and edits; the recogniser is frozen.
-Starts from `llm`, which it leaves alone. Needs `codes`, `plain` and `recognizer`.
+how near the answer's length is to the teacher's. English prompts only: clones, edits, vad and denoise; the recogniser
+is frozen. Beside them some sequences of `llm` are learned as there, so that what no prompt asks for (Mandarin, sounds,
+copies to the token) is not forgotten. Starts from `llm`, which it leaves alone. Needs `codes`, `plain`, `sounds` and
+`recognizer`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,12 +23,13 @@ from services.trainer.core.branches import branches, states_before
 from services.trainer.core.letters import Floats, aligned, owed
 from services.trainer.core.sampling import Answer, Ids, Vocabulary, draw, log_probs_after
 from services.trainer.recipes.nano import llm, recognizer, text_tokenizer
-from services.trainer.recipes.nano.codes import Coded
+from services.trainer.recipes.nano.codes import Coded, Item
 from services.trainer.recipes.nano.run import Run, cosine, pick_device, products, set_lr, trained, training_options
 from shared.codes import GROUP, pairs_of
 from shared.models.recognizer import Recognizer, frames_needed, letters
 from shared.models.step1 import Step1
 from shared.prompts import TextTokenizer, Turn, clone_turns, edit_turns
+from shared.schemas.edit import Edit
 
 UNSAID = -6.0
 """Score of every letter of an answer too short to say its text."""
@@ -36,7 +39,7 @@ WHOLE = 0.3
 """Weight of the whole answer's score beside those of the letters, for what reaches further than they do."""
 SIX_LETTERS = 6.0**0.5
 """About as many letters share a token."""
-TIMING = 0.6
+TIMING = 1.0
 """Cost, per letter, of an answer e times as long as the teacher's reading or as short: slow speech is easy to read."""
 
 
@@ -47,8 +50,14 @@ class WordsRecipe:
     answers: int = 8
     """To each prompt."""
     temperature: float = 0.35
-    clones: float = 0.6
-    """Share of the prompts, the others are edits."""
+    clones: float = 0.4
+    vads: float = 0.15
+    denoises: float = 0.1
+    """Shares of the prompts, the others are edits of the manner."""
+    rehearsed: int = 1024
+    """Tokens of a step that are learned as in `llm`, padding counted."""
+    rehearsal: float = 0.5
+    """Weight of their loss."""
     lr: float = 1e-4
     final_lr: float = 1e-5
     longest_prompt: int = 600
@@ -57,8 +66,8 @@ class WordsRecipe:
     """Groups of the teacher's reading."""
 
 
-CPU = WordsRecipe(steps=180, prompts=6)
-GPU = WordsRecipe(steps=400, prompts=32)
+CPU = WordsRecipe(steps=300, prompts=6)
+GPU = WordsRecipe(steps=800, prompts=32, rehearsed=8192)
 
 
 class Prompt(NamedTuple):
@@ -71,33 +80,49 @@ class Prompt(NamedTuple):
 
 
 class Prompts:
-    """Clones and edits of English readings, without their answers."""
+    """Prompts of English readings, without their answers."""
 
     def __init__(self, examples: llm.Examples, recipe: WordsRecipe) -> None:
         self._examples, self._recipe = examples, recipe
+        self._kinds = (self.clone, self.vad, self.denoise, self.edit)
+        self._shares = np.array([recipe.clones, recipe.vads, recipe.denoises, 0.0])
+        self._shares[-1] = 1 - self._shares.sum()
 
     def draw(self, rng: np.random.Generator) -> Prompt:
         """Any one that is short enough and whose text the recogniser can read."""
         while True:
-            pool = self._examples.pool(rng)
-            if rng.random() < self._recipe.clones:
-                source, target = pool.same_voice(rng)
-                turns = clone_turns(source["row"]["text"], source["clean_mixed"], target["row"]["text"])
-            else:
-                source, target = pool.same_words(rng)
-                edit = llm.edit_between(source["row"]["manner"], target["row"]["manner"])
-                turns = edit_turns(edit, source["row"]["text"], source["clean_mixed"])
-            prompt = self._prompt(turns, target["row"]["text"], len(target["clean_mixed"]) // GROUP)
-            if letters(source["row"]["text"]) and self._is_fit(prompt):
+            prompt = self._kinds[int(rng.choice(len(self._kinds), p=self._shares))](rng)
+            is_short = len(prompt.ids) <= self._recipe.longest_prompt and prompt.groups <= self._recipe.longest_answer
+            if is_short and prompt.letters:
                 return prompt
 
-    def _prompt(self, turns: list[Turn], text: str, groups: int) -> Prompt:
-        ids = np.array(self._examples.tokenizer.encode_chat(turns), np.int64)
-        return Prompt(ids, int(1.6 * groups) + 6, letters(text), groups)
+    def clone(self, rng: np.random.Generator) -> Prompt:
+        """Another sentence of the voice of a reading."""
+        source, target = self._examples.pool(rng).same_voice(rng)
+        turns = clone_turns(source["row"]["text"], source["clean_mixed"], target["row"]["text"])
+        return self._prompt(turns, [target])
 
-    def _is_fit(self, prompt: Prompt) -> bool:
-        is_short = len(prompt.ids) <= self._recipe.longest_prompt and prompt.groups <= self._recipe.longest_answer
-        return bool(prompt.letters) and is_short
+    def edit(self, rng: np.random.Generator) -> Prompt:
+        """The same sentence in another manner."""
+        source, target = self._examples.pool(rng).same_words(rng)
+        edit = llm.edit_between(source["row"]["manner"], target["row"]["manner"])
+        return self._prompt(edit_turns(edit, source["row"]["text"], source["clean_mixed"]), [target])
+
+    def vad(self, rng: np.random.Generator) -> Prompt:
+        """Two readings without a pause, as a recording is shown for vad, again."""
+        both = self._examples.pool(rng).same_voice(rng)
+        source = np.concatenate([item["clean_mixed"] for item in both])
+        return self._prompt(edit_turns(Edit(type="vad"), None, source), both)
+
+    def denoise(self, rng: np.random.Generator) -> Prompt:
+        """A reading in noise, without it."""
+        item = self._examples.pool(rng).variant(rng)
+        return self._prompt(edit_turns(Edit(type="denoise"), None, item["noisy_mixed"]), [item])
+
+    def _prompt(self, turns: list[Turn], said: Sequence[Item]) -> Prompt:
+        ids = np.array(self._examples.tokenizer.encode_chat(turns), np.int64)
+        groups = sum(len(item["clean_mixed"]) for item in said) // GROUP
+        return Prompt(ids, int(1.6 * groups) + 6, letters(" ".join(item["row"]["text"] for item in said)), groups)
 
 
 class Judged(NamedTuple):
@@ -172,7 +197,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, betas=(0.9, 0.95), weight_decay=0.0)
     run = Run("words", {"model": model, "optimizer": optimizer}, arguments.steps or recipe.steps, arguments.minutes, 25)
     vocabulary = Vocabulary(tokenizer.audio_offset, tokenizer.eos)
-    prompts = Prompts(llm.Examples(Coded(), tokenizer, llm.CPU), recipe)
+    examples = llm.Examples(Coded(), tokenizer, replace(llm.CPU, tokens=recipe.rehearsed))
+    prompts = Prompts(examples, recipe)
     while run.going:
         rng = run.rng()
         chosen = [prompts.draw(rng) for _ in range(recipe.prompts)]
@@ -186,12 +212,17 @@ def main() -> None:
         set_lr(optimizer, cosine(run.step, run.steps, recipe.lr, recipe.final_lr, warmup=10))
         optimizer.zero_grad()
         loss = reinforce(model, chosen, groups, judged, vocabulary, recipe.temperature)
+        batch = llm.Batch(*(part.to(device) for part in examples.batch(rng, 1.0)))
+        with products(device):
+            rehearsed = llm.loss_of(model, tokenizer.audio_offset, batch, 0.0)["loss"]
+        (recipe.rehearsal * rehearsed).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         lasting = sum(len(answer.mixed) for answer in drawn) / sum(prompt.groups * GROUP for prompt in asked)
         run.done_step({
             "loss": loss, "score": float(np.mean([one.scores.mean() for one in judged])),
             "best": float(np.mean([one.scores.max() for one in judged])), "lasting": lasting,
+            "rehearsed": rehearsed.detach(),
         }, log_every=10)  # fmt: skip
 
 

@@ -1,5 +1,8 @@
 """What an answer says better than others is reinforced, and only where it is said."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,8 @@ import torch
 from services.trainer.core.branches import branches, states_before
 from services.trainer.core.sampling import Answer, Vocabulary, draw, log_probs_after
 from services.trainer.recipes.nano import words
-from services.trainer.recipes.nano.words import Judged, Prompt, advantages, judge, reinforce
+from services.trainer.recipes.nano.codes import Item
+from services.trainer.recipes.nano.words import Judged, Prompt, Prompts, advantages, judge, reinforce
 from shared.models.recognizer import Recognizer, RecognizerConfig, letters
 from tests.services.trainer.conftest import make_row, random_codes
 
@@ -26,6 +30,32 @@ def answer(groups: int, seed: int, *, ended: bool = True) -> Answer:
 
 def prompt(tokenizer, groups: int = 3) -> Prompt:
     return Prompt(np.array(tokenizer.encode_chat(make_row(0).turns()), np.int64), 6, SAID, groups)
+
+
+def reading(text: str, manner: str = "neutral", groups: int = 2) -> Item:
+    said = random_codes(groups, len(text) + len(manner))
+    row = {"text": text, "manner": manner, "group": len(text), "voice_name": "af_sky"}
+    return {"row": row, "clean_mixed": said, "noisy_mixed": random_codes(groups, 99)}
+
+
+def test_a_prompt_asks_for_the_letters_of_what_its_answer_says(tokenizer) -> None:
+    read = [reading("so it is"), reading("so it is", "emotion/sad", 3), reading("not at all")]
+    pool = SimpleNamespace(
+        same_voice=lambda _: (read[0], read[2]), same_words=lambda _: read[:2], variant=lambda _: read[2]
+    )
+    examples = SimpleNamespace(pool=lambda _: pool, tokenizer=tokenizer)
+    prompts, rng = Prompts(examples, replace(words.CPU, longest_answer=4)), np.random.default_rng(0)  # type: ignore[arg-type]
+    clone, edit, vad, denoise = (kind(rng) for kind in (prompts.clone, prompts.edit, prompts.vad, prompts.denoise))
+    assert clone.letters == denoise.letters == letters("not at all")
+    assert (edit.letters, edit.groups) == (SAID, 3)
+    assert (vad.letters, vad.groups) == (letters("so it is not at all"), 4)
+    both = [*read[0]["clean_mixed"], *read[2]["clean_mixed"]]
+    assert vad.ids[vad.ids >= tokenizer.audio_offset].tolist() == [id_ + tokenizer.audio_offset for id_ in both]
+    assert {len(prompts.draw(rng).letters) for _ in range(40)} == {8, 10, 19}
+    read[2]["row"]["text"] = "不是"
+    assert {len(prompts.draw(rng).letters) for _ in range(20)} == {8}, (
+        "what the recogniser cannot read is not asked for"
+    )
 
 
 def test_letters_are_judged_beside_the_other_answers(reader: Recognizer, tokenizer) -> None:

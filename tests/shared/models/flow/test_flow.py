@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shared.models.flow import Flow, FlowConfig, FlowTraining, flow_noise
+from shared.models.flow.flow import voice_shift
 
 
 def sample(flow: Flow, golden: dict[str, Tensor], **dials: Any) -> Tensor:
@@ -77,9 +78,10 @@ def test_bfloat16_stays_near_float32(flow: Flow, golden: dict[str, Tensor]) -> N
 
 @pytest.fixture
 def held(config: dict[str, Any], flow: Flow) -> Flow:
-    """The golden flow, held to its rough mel."""
+    """The golden flow, held to its rough mel, which is moved to the reference's voice."""
     section = copy.deepcopy(config["flow"])
     section["decoder"]["rough_guidance"] = {"width": 6, "until": 0.8}
+    section["voiced_rough"] = True
     model = Flow(FlowConfig.from_dict(section)).eval()
     model.load_state_dict(flow.state_dict())
     return model
@@ -91,7 +93,9 @@ def test_rough_guidance_gives_the_mel_the_rough_mels_course_along_the_bins(
     """Measured: a quarter of the distance between coarse courses is left, of that between fine ones nearly all."""
     with torch.inference_mode():
         rough = flow.encode(golden["all_tokens"][None], torch.tensor([len(golden["all_tokens"])]))
-    rough = rough[0, len(golden["prompt_mel"]) :]
+    given = len(golden["prompt_mel"])
+    shift = voice_shift(rough[:, :given], golden["prompt_mel"][None], flow.known_frames(torch.tensor([given])))
+    rough = (rough + shift)[0, given:]
 
     def coarse(mel: Tensor) -> Tensor:
         return mel.unflatten(-1, (5, 16)).mean(-1)
@@ -102,6 +106,22 @@ def test_rough_guidance_gives_the_mel_the_rough_mels_course_along_the_bins(
     free, bound = sample(flow, golden), sample(held, golden)
     assert (coarse(bound) - coarse(rough)).abs().mean() < 0.5 * (coarse(free) - coarse(rough)).abs().mean()
     assert (fine(bound) - fine(rough)).abs().mean() > 0.8 * (fine(free) - fine(rough)).abs().mean()
+
+
+def test_the_rough_mel_is_moved_by_what_the_louder_frames_of_a_reference_have_more() -> None:
+    generator = torch.Generator().manual_seed(3)
+    rough, timbre = torch.randn(2, 12, 80, generator=generator), torch.linspace(-1, 1, 80)
+    mel = rough + timbre
+    mel[:, 1::2] = -20
+    shift = voice_shift(rough, mel, torch.tensor([12, 0]))
+    torch.testing.assert_close(shift[0, 0], timbre)
+    assert not shift[1].any(), "no reference, no shift"
+    mel[0, 8:] += 5
+    torch.testing.assert_close(voice_shift(rough, mel, torch.tensor([8, 8]))[0, 0], timbre)
+    mel[0, :, 40:] = 1 + 0.1 * torch.randn(12, 40, generator=generator)
+    shift = voice_shift(rough, mel, torch.tensor([12, 12]))[0, 0]
+    assert shift[:40].abs().min() > 0
+    assert not shift[40:].any(), "steady noise is no voice"
 
 
 def test_rough_guidance_keeps_a_batch_equal_to_single_runs(held: Flow, golden: dict[str, Tensor]) -> None:
@@ -159,10 +179,12 @@ def test_the_prior_term_joins_the_loss_by_its_weight(flow: Flow, small_batch: di
     torch.testing.assert_close(loss.total, loss.cfm + 0.5 * loss.prior)
 
 
-@pytest.mark.parametrize("norm", ["l1", "l2"])
-def test_training_steps_lower_the_loss(config: dict[str, Any], small_batch: dict[str, Tensor], norm: str) -> None:
+@pytest.mark.parametrize(("norm", "voiced"), [("l1", False), ("l2", False), ("l1", True)])
+def test_training_steps_lower_the_loss(
+    config: dict[str, Any], small_batch: dict[str, Tensor], norm: str, voiced: bool
+) -> None:
     torch.manual_seed(0)
-    model = Flow(FlowConfig.from_dict(config["flow"])).train()
+    model = Flow(FlowConfig.from_dict(config["flow"] | {"voiced_rough": voiced})).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     dials = FlowTraining(norm=norm, prior_weight=1.0)
     seen = []

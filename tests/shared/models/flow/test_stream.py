@@ -1,6 +1,7 @@
 """Streaming through the flow: what it costs against one pass, and that streams do not disturb each other."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,6 +39,22 @@ def test_one_chunk_that_is_also_the_last_sees_what_one_pass_sees_except_in_the_r
     tokens = golden["tokens"]
     stream = open_stream(flow, golden, tokens, noise=golden["noise"])
     assert (stream.push(tokens, last=True) - golden["mel"]).abs().mean() < 0.05
+
+
+def test_a_stream_moves_the_rough_mel_to_the_reference_as_one_pass_does(
+    flow: Flow, golden: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured: the shift changes the mel by 0.67 on average, streaming by 0.04."""
+    monkeypatch.setattr(flow, "config", replace(flow.config, voiced_rough=True))
+    tokens, both, prompt_mel = golden["tokens"], golden["all_tokens"], golden["prompt_mel"]
+    whole = flow.sample(
+        both[None], torch.tensor([len(both)]), prompt_mel[None], torch.tensor([len(prompt_mel)]),
+        golden["speaker"][None], golden["noise"][None, : 2 * len(both)],
+    )[0, len(prompt_mel) :]  # fmt: skip
+    stream = open_stream(flow, golden, tokens, noise=golden["noise"])
+    mel = torch.cat([stream.push(part, last=last) for part, last in chunks(tokens, [15], flow.lookahead)])
+    moved, apart = (whole - golden["mel"]).abs().mean(), (mel - whole).abs().mean()
+    assert apart < 0.2 * moved
 
 
 def test_the_seed_gives_a_stream_the_noise_that_one_pass_gets(flow: Flow, golden: dict[str, Tensor]) -> None:
