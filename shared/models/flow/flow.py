@@ -89,7 +89,12 @@ def length_mask(lengths: Tensor, size: int) -> Tensor | None:
     """Lengths (B,) to a mask of real places (B, size), or None when every place is real (which runs faster)."""
     if bool((lengths == size).all()):
         return None
-    return torch.arange(size, device=lengths.device) < lengths[:, None]
+    return first_places(lengths, size)
+
+
+def first_places(counts: Tensor, size: int) -> Tensor:
+    """The first of `size` places, as many as counts (B,) say, (B, size) bool."""
+    return torch.arange(size, device=counts.device) < counts[:, None]
 
 
 QUIET_SHARE = 0.1
@@ -107,7 +112,7 @@ def voice_shift(rough: Tensor, mel: Tensor, frames: Tensor) -> Tensor:
     out, have none: what they hold is not the voice.
     """
     rough, mel = rough.float(), mel.float()
-    inside = torch.arange(mel.shape[1], device=mel.device) < frames[:, None]
+    inside = first_places(frames, mel.shape[1])
     levels, counts = mel.mean(-1), inside.sum(1)
     usual = (levels * inside).sum(1) / counts.clamp(min=1)
     loud = (inside & (levels >= usual[:, None]))[..., None]
@@ -153,9 +158,16 @@ class Flow(nn.Module):
         out: Tensor = affine(F.normalize(embedding, dim=1).to(affine.weight.dtype))
         return out
 
-    def known_frames(self, frames: Tensor) -> Tensor:
-        """How many frames of references of `frames` (B,) are made without a look at what follows, (B,)."""
-        return (frames - self.lookahead * self.frames_per_token).clamp(min=0)
+    def shift(self, mu: Tensor, mel: Tensor, prompt_lengths: Tensor) -> Tensor:
+        """What moves the rough mel to the voices of references, (B, 1, 80); zeros where the checkpoint asks for none.
+
+        mu and mel (B, P, 80): rough mels and mels that begin with those of references of prompt_lengths (B,) frames.
+        The last frames of a reference, which look ahead into what follows, have no say: a stream reads it before that.
+        """
+        if not self.config.voiced_rough:
+            return mu.new_zeros(len(mu), 1, mu.shape[2])
+        known = (prompt_lengths - self.lookahead * self.frames_per_token).clamp(min=0)
+        return voice_shift(mu, mel, known).to(mu.dtype)
 
     @torch.inference_mode()
     def sample(
@@ -181,9 +193,8 @@ class Flow(nn.Module):
         mu = self.encode(tokens, lengths)
         frames = mu.shape[1]
         cond = F.pad(prompt_mel[:, :frames], (0, 0, 0, max(0, frames - prompt_mel.shape[1])))
-        given = torch.arange(frames, device=mu.device) < prompt_lengths[:, None]
-        if self.config.voiced_rough:
-            mu = mu + voice_shift(mu, cond, self.known_frames(prompt_lengths)).to(mu.dtype)
+        given = first_places(prompt_lengths, frames)
+        mu = mu + self.shift(mu, cond, prompt_lengths)
         conditions = Conditions(mu, self.speaker(speaker), cond.to(mu.dtype) * given[..., None])
         mask = length_mask(lengths * self.frames_per_token, frames)
         mel: Tensor = self.decoder(noise, conditions, mask, steps, cfg_rate, before_step)
@@ -211,13 +222,12 @@ class Flow(nn.Module):
         frames = mu.shape[1]
         mel = F.pad(mel[:, :frames], (0, 0, 0, max(0, frames - mel.shape[1])))
         real = torch.minimum(lengths * self.frames_per_token, mel_lengths)
-        mask = torch.arange(frames, device=mel.device) < real[:, None]
+        mask = first_places(real, frames)
         share = torch.rand(len(mel), generator=generator) * dials.prompt_max_share
         share = share * (torch.rand(len(mel), generator=generator) < dials.prompt_rate)
-        given = torch.arange(frames, device=mel.device) < (share.to(mel.device) * real)[:, None].floor()
+        given = first_places((share.to(mel.device) * real).floor(), frames)
         cond = mel * given[..., None]
-        told = mu + voice_shift(mu, cond, self.known_frames(given.sum(1))) if self.config.voiced_rough else mu
-        conditions = Conditions(told, self.speaker(speaker), cond)
+        conditions = Conditions(mu + self.shift(mu, cond, given.sum(1)), self.speaker(speaker), cond)
         cfm = self.decoder.loss(mel, mask, conditions, dials, generator)
         prior = masked_error(mu, mel, mask, dials.norm)
         return FlowLoss(cfm + dials.prior_weight * prior, cfm, prior)

@@ -18,7 +18,7 @@ from torch import Tensor
 from shared.models.flow.cfm import Conditions, flow_noise
 from shared.models.flow.dit import BlockCache
 from shared.models.flow.encoder import EncoderCache
-from shared.models.flow.flow import Flow, voice_shift
+from shared.models.flow.flow import Flow
 
 LEFT_CONTEXT_FRAMES = 96
 READING_SEED = 0
@@ -34,7 +34,7 @@ class FlowVoice:
     tokens: Tensor  # (L, 2), the last pairs of the reference, that are still to be made; L at most the look-ahead
     mel: Tensor  # (2L, 80), theirs
     frames: int  # of the whole reference
-    shift: Tensor  # (1, 1, 80), see `voice_shift`; zeros where the flow does not ask for it
+    shift: Tensor  # (1, 1, 80), see `Flow.shift`; zeros for a reference within the look-ahead
     steps: int
     cfg_rate: float | None
     encoder: EncoderCache | None
@@ -69,16 +69,15 @@ def read_voice(
         raise ValueError(f"the mel has {len(mel)} frames; the tokens of the reference ask for {frames}")
     rest = max(0, len(tokens) - flow.lookahead)
     made = rest * flow.frames_per_token
-    nothing = torch.zeros(1, 1, flow.config.output_size, device=mel.device)
+    timbre = flow.speaker(speaker[None])
     voice = FlowVoice(
-        flow, flow.speaker(speaker[None]), tokens[rest:], mel[made:], frames, nothing, steps, cfg_rate,
-        encoder=None, blocks=None,
+        flow, timbre, tokens[rest:], mel[made:], frames, timbre.new_zeros(1, 1, flow.config.output_size), steps,
+        cfg_rate, encoder=None, blocks=None,
     )  # fmt: skip
     if not rest:
         return voice
     mu, encoder = _rough(flow, tokens, None, last=False)
-    if flow.config.voiced_rough:
-        voice = replace(voice, shift=voice_shift(mu, mel[None, :made], torch.tensor([made], device=mel.device)))
+    voice = replace(voice, shift=flow.shift(mu, mel[None, :made], torch.tensor([frames], device=mel.device)))
     noise = flow_noise(READING_SEED, made, flow.config.output_size) if noise is None else noise[:made]
     _, blocks = _make(voice, mu, mel[:made], noise, None)
     return replace(voice, encoder=encoder, blocks=blocks)
@@ -150,7 +149,7 @@ def _make(
     """The mel (frames, 80) of one chunk's rough mel and the caches after it. `given` (at most frames, 80): what of the
     mel is known."""
     cond = F.pad(given.to(mu), (0, 0, 0, mu.shape[1] - len(given)))[None]
-    conditions = Conditions(mu + voice.shift.to(mu.dtype), voice.speaker, cond)
+    conditions = Conditions(mu + voice.shift, voice.speaker, cond)
     noise = noise.to(mu.device)[None]
     mel, blocks = voice.flow.decoder.forward_chunk(noise, conditions, voice.steps, voice.cfg_rate, blocks)
     return mel[0], blocks

@@ -25,9 +25,9 @@ from services.trainer.recipes.nano.codes import Coded, Item, other_codes
 from services.trainer.recipes.nano.run import (
     Optimizer,
     Run,
+    begin,
     cosine,
     count_parameters,
-    pick_device,
     products,
     set_lr,
     training_options,
@@ -176,9 +176,7 @@ def main() -> None:
     parser = training_options(__doc__)
     parser.add_argument("--groups", type=int, help="longer excerpts, as many fewer of them: for longer references")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    device = pick_device()
-    recipe = GPU if device.type == "cuda" else CPU
+    device, recipe = begin(arguments, CPU, GPU)
     if arguments.groups:
         recipe = replace(
             recipe, groups=arguments.groups, batch=max(1, recipe.batch * recipe.groups // arguments.groups)

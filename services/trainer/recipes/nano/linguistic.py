@@ -24,9 +24,9 @@ from services.trainer.recipes.nano.quantizer import Codebook
 from services.trainer.recipes.nano.run import (
     Optimizer,
     Run,
+    begin,
     cosine,
     count_parameters,
-    pick_device,
     products,
     set_lr,
     training_options,
@@ -168,9 +168,7 @@ def fit_codebook(model: Student, batches: Batches, device: torch.device) -> None
 
 def main() -> None:
     arguments = training_options(__doc__).parse_args()
-    torch.set_num_threads(arguments.threads)
-    device = pick_device()
-    recipe = GPU if device.type == "cuda" else CPU
+    device, recipe = begin(arguments, CPU, GPU)
     torch.manual_seed(2)
     model = Student().to(device)
     optimizer = Optimizer(model, recipe.lr, outside=("to_",))

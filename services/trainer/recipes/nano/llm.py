@@ -40,9 +40,9 @@ from services.trainer.recipes.nano.codes import VARIANTS, Coded, Item
 from services.trainer.recipes.nano.run import (
     Optimizer,
     Run,
+    begin,
     cosine,
     count_parameters,
-    pick_device,
     products,
     set_lr,
     training_options,
@@ -143,6 +143,10 @@ class Batch(NamedTuple):
     learned: Tensor
     text: Tensor
     source: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(*(part.to(device) for part in self))
 
 
 class Pool:
@@ -474,9 +478,7 @@ def loss_of(model: Step1, offset: int, batch: Batch, shown_weight: float) -> dic
 
 def main() -> None:
     arguments = training_options(__doc__).parse_args()
-    torch.set_num_threads(arguments.threads)
-    device = pick_device()
-    recipe = GPU if device.type == "cuda" else CPU
+    device, recipe = begin(arguments, CPU, GPU)
     tokenizer = TextTokenizer.from_file(text_tokenizer.tokenizer_file())
     model = Step1(config(recipe, tokenizer.vocab_size))
     model.initialise(seed=6)
@@ -489,7 +491,7 @@ def main() -> None:
     rows = ", ".join(f"{len(pool.items)} {name} rows" for name, pool in examples.pools.items())
     print(f"llm: {count_parameters(model):.2f} M parameters, {rows} on {device}", flush=True)
     while run.going:
-        batch = Batch(*(part.to(device) for part in examples.batch(run.rng(), run.step / run.steps)))
+        batch = examples.batch(run.rng(), run.step / run.steps).to(device)
         set_lr(optimizer, cosine(run.step, run.steps, recipe.lr, recipe.final_lr, warmup=150))
         with products(device):
             losses = loss_of(model, tokenizer.audio_offset, batch, recipe.shown_weight)

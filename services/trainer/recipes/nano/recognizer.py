@@ -20,9 +20,9 @@ from services.trainer.recipes.nano.flow import SECTION
 from services.trainer.recipes.nano.run import (
     Optimizer,
     Run,
+    begin,
     cosine,
     count_parameters,
-    pick_device,
     products,
     set_lr,
     training_options,
@@ -107,9 +107,7 @@ def config() -> RecognizerConfig:
 
 def main() -> None:
     arguments = training_options(__doc__).parse_args()
-    torch.set_num_threads(arguments.threads)
-    device = pick_device()
-    recipe = GPU if device.type == "cuda" else CPU
+    device, recipe = begin(arguments, CPU, GPU)
     torch.manual_seed(6)
     model = Recognizer(config())
     start(model)

@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from torch import nn
 from services.trainer.recipes.nano import assets
 from services.trainer.recipes.nano.muon import Muon
 from shared.checkpoints.weights import default_dtype
+
+Recipe = TypeVar("Recipe")
 
 TRAINED = ("linguistic", "speaker", "semantic", "flow", "vocoder", "llm", "recognizer", "words")
 """The trainings of the small checkpoint, in order."""
@@ -38,6 +40,13 @@ def training_options(description: str | None) -> argparse.ArgumentParser:
 def pick_device() -> torch.device:
     """The GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def begin(arguments: argparse.Namespace, cpu: Recipe, gpu: Recipe) -> tuple[torch.device, Recipe]:
+    """Where a training runs, on the threads of its options, and the recipe for it."""
+    torch.set_num_threads(arguments.threads)
+    device = pick_device()
+    return device, gpu if device.type == "cuda" else cpu
 
 
 def products(device: torch.device) -> torch.autocast:

@@ -23,9 +23,9 @@ from services.trainer.recipes.nano.quantizer import Codebook
 from services.trainer.recipes.nano.run import (
     Optimizer,
     Run,
+    begin,
     cosine,
     count_parameters,
-    pick_device,
     products,
     set_lr,
     training_options,
@@ -176,9 +176,7 @@ def fit_codebook(model: Autoencoder, store: Store, recipe: SemanticRecipe, devic
 
 def main() -> None:
     arguments = training_options(__doc__).parse_args()
-    torch.set_num_threads(arguments.threads)
-    device = pick_device()
-    recipe = GPU if device.type == "cuda" else CPU
+    device, recipe = begin(arguments, CPU, GPU)
     torch.manual_seed(3)
     units, store = Units(device), Store()
     model = Autoencoder(linguistic.CONFIG.output_size).to(device)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from services.trainer.recipes.nano import assets, augment, teacher
 from services.trainer.recipes.nano.features import Store
-from services.trainer.recipes.nano.run import Run, cosine, count_parameters, pick_device, set_lr, training_options
+from services.trainer.recipes.nano.run import Run, begin, cosine, count_parameters, set_lr, training_options
 from shared.audio.features import speaker_fbank
 from shared.models.speaker import SpeakerConfig, SpeakerEncoder
 
@@ -106,9 +106,7 @@ def draw(
 
 def main() -> None:
     arguments = training_options(__doc__).parse_args()
-    torch.set_num_threads(arguments.threads)
-    device = pick_device()
-    recipe = GPU if device.type == "cuda" else CPU
+    device, recipe = begin(arguments, CPU, GPU)
     torch.manual_seed(4)
     store = Store()
     voices = Voices(store)

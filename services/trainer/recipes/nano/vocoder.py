@@ -17,9 +17,9 @@ from services.trainer.recipes.nano.discriminators import Discriminators, discrim
 from services.trainer.recipes.nano.features import Store
 from services.trainer.recipes.nano.run import (
     Run,
+    begin,
     cosine,
     count_parameters,
-    pick_device,
     products,
     set_lr,
     training_options,
@@ -111,9 +111,7 @@ def f0_loss(model: SpectralVocoder, mel: Tensor, f0: Tensor) -> Tensor:
 
 def main() -> None:
     arguments = training_options(__doc__).parse_args()
-    torch.set_num_threads(arguments.threads)
-    device = pick_device()
-    recipe = GPU if device.type == "cuda" else CPU
+    device, recipe = begin(arguments, CPU, GPU)
     torch.manual_seed(1)
     model, critics, losses = (
         SpectralVocoder(SpectralConfig()).to(device),

@@ -24,7 +24,7 @@ from services.trainer.core.letters import Floats, aligned, owed
 from services.trainer.core.sampling import Answer, Ids, Vocabulary, draw, log_probs_after
 from services.trainer.recipes.nano import llm, recognizer, text_tokenizer
 from services.trainer.recipes.nano.codes import Coded, Item
-from services.trainer.recipes.nano.run import Run, cosine, pick_device, products, set_lr, trained, training_options
+from services.trainer.recipes.nano.run import Run, begin, cosine, products, set_lr, trained, training_options
 from shared.codes import GROUP, pairs_of
 from shared.models.recognizer import Recognizer, frames_needed, letters
 from shared.models.step1 import Step1
@@ -186,9 +186,7 @@ def reinforce(
 
 def main() -> None:
     arguments = training_options(__doc__).parse_args()
-    torch.set_num_threads(arguments.threads)
-    device = pick_device()
-    recipe = GPU if device.type == "cuda" else CPU
+    device, recipe = begin(arguments, CPU, GPU)
     tokenizer = TextTokenizer.from_file(text_tokenizer.tokenizer_file())
     model = Step1(llm.config(llm.CPU, tokenizer.vocab_size))
     trained("llm", "model", model).to(device)
@@ -212,7 +210,7 @@ def main() -> None:
         set_lr(optimizer, cosine(run.step, run.steps, recipe.lr, recipe.final_lr, warmup=10))
         optimizer.zero_grad()
         loss = reinforce(model, chosen, groups, judged, vocabulary, recipe.temperature)
-        batch = llm.Batch(*(part.to(device) for part in examples.batch(rng, 1.0)))
+        batch = examples.batch(rng, 1.0).to(device)
         with products(device):
             rehearsed = llm.loss_of(model, tokenizer.audio_offset, batch, 0.0)["loss"]
         (recipe.rehearsal * rehearsed).backward()

@@ -94,7 +94,7 @@ def test_rough_guidance_gives_the_mel_the_rough_mels_course_along_the_bins(
     with torch.inference_mode():
         rough = flow.encode(golden["all_tokens"][None], torch.tensor([len(golden["all_tokens"])]))
     given = len(golden["prompt_mel"])
-    shift = voice_shift(rough[:, :given], golden["prompt_mel"][None], flow.known_frames(torch.tensor([given])))
+    shift = held.shift(rough[:, :given], golden["prompt_mel"][None], torch.tensor([given]))
     rough = (rough + shift)[0, given:]
 
     def coarse(mel: Tensor) -> Tensor:
