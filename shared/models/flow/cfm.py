@@ -38,6 +38,14 @@ class Conditions(NamedTuple):
         return Conditions(self.mu * keep[:, None, None], self.speaker * keep[:, None], self.cond * keep[:, None, None])
 
 
+class CfmLoss(NamedTuple):
+    """The error, a scalar, and what the estimator expected at the end of the way."""
+
+    error: Tensor
+    end: Tensor  # (B, T, 80)
+    told: Tensor  # (B,) bool, who was told the conditions
+
+
 @dataclass(frozen=True)
 class RoughGuidance:
     """Holds the way to the mel to the rough mel, for small estimators that lose words which the codes still have.
@@ -184,8 +192,8 @@ class CFM(nn.Module):
 
     def loss(
         self, mel: Tensor, mask: Tensor, conditions: Conditions, dials: FlowTraining, generator: torch.Generator | None
-    ) -> Tensor:
-        """Error of the velocity at a random time per member of the batch; mel (B, T, 80), mask (B, T) -> scalar.
+    ) -> CfmLoss:
+        """Error of the velocity at a random time per member of the batch; mel (B, T, 80), mask (B, T).
 
         Times are drawn with the cosine density that sampling uses. `generator` must live on the CPU.
         """
@@ -196,4 +204,5 @@ class CFM(nn.Module):
         shrink = 1 - dials.sigma_min
         point = (1 - shrink * time[:, None, None]) * noise + time[:, None, None] * mel
         velocity = self.estimator(point, time, *conditions.dropped(keep), mask)
-        return masked_error(velocity, mel - shrink * noise, mask, dials.norm)
+        error = masked_error(velocity, mel - shrink * noise, mask, dials.norm)
+        return CfmLoss(error, point + (1 - time[:, None, None]) * velocity, keep)

@@ -78,11 +78,15 @@ def _pick(kind: type[Config], section: Mapping[str, Any]) -> Config:
 
 
 class FlowLoss(NamedTuple):
-    """`total` is what to minimise; the parts are for the log."""
+    """`total` is what to minimise; its parts are for the log, the mels for whoever judges them further."""
 
     total: Tensor
     cfm: Tensor
     prior: Tensor
+    rough: Tensor  # (B, F, 80)
+    end: Tensor  # (B, F, 80), what the estimator expected at the end of the way
+    open: Tensor  # (B, F) bool, frames that were neither given nor beyond an end
+    told: Tensor  # (B,) bool, whose estimator was told the conditions
 
 
 def length_mask(lengths: Tensor, size: int) -> Tensor | None:
@@ -228,6 +232,6 @@ class Flow(nn.Module):
         given = first_places((share.to(mel.device) * real).floor(), frames)
         cond = mel * given[..., None]
         conditions = Conditions(mu + self.shift(mu, cond, given.sum(1)), self.speaker(speaker), cond)
-        cfm = self.decoder.loss(mel, mask, conditions, dials, generator)
+        cfm, end, told = self.decoder.loss(mel, mask, conditions, dials, generator)
         prior = masked_error(mu, mel, mask, dials.norm)
-        return FlowLoss(cfm + dials.prior_weight * prior, cfm, prior)
+        return FlowLoss(cfm + dials.prior_weight * prior, cfm, prior, mu, end, mask & ~given, told)

@@ -84,7 +84,7 @@ def write_language_model(folder: Path) -> None:
 
 def write_decoder(folder: Path) -> None:
     average = torch.optim.swa_utils.AveragedModel(Flow(FlowConfig.from_dict(flow.SECTION)))
-    trained("flow", "average", average)
+    trained("heard" if Run("heard", {}, 0).step else "flow", "average", average)
     save_file(halved(average.module.state_dict()), folder / "flow.safetensors")
     config = SpectralConfig()
     wave = trained("vocoder", "model", SpectralVocoder(config))

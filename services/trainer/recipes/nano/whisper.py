@@ -74,6 +74,10 @@ class WhisperEncoder:
     @torch.inference_mode()
     def __call__(self, mel: Tensor, middle: int = 3) -> tuple[Tensor, Tensor]:
         """The states after layer `middle` and after the last norm, both (B, T // 2, 512)."""
+        return self.states(mel, middle)
+
+    def states(self, mel: Tensor, middle: int = 3) -> tuple[Tensor, Tensor]:
+        """The same with gradients to the mel; the weights have none."""
         w = self._weights
         x = F.gelu(F.conv1d(mel.to(self.device, self.dtype), w["conv1/weight"], w["conv1/bias"], padding=1))
         x = F.gelu(F.conv1d(x, w["conv2/weight"], w["conv2/bias"], stride=2, padding=1)).transpose(1, 2)

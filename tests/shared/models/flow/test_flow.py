@@ -179,6 +179,18 @@ def test_the_prior_term_joins_the_loss_by_its_weight(flow: Flow, small_batch: di
     torch.testing.assert_close(loss.total, loss.cfm + 0.5 * loss.prior)
 
 
+def test_the_loss_hands_out_its_mels_and_which_frames_are_open(flow: Flow, small_batch: dict[str, Tensor]) -> None:
+    dials = FlowTraining(prompt_rate=1.0, prompt_max_share=0.5, cfg_dropout=0.5)
+    loss = flow.loss(**small_batch, dials=dials, generator=torch.Generator().manual_seed(0))
+    assert loss.rough.shape == loss.end.shape == (2, 40, 80)
+    assert [int(row.sum()) for row in loss.open] == [38 - 9, 26 - 9]  # rand(2) of this seed: 0.496, 0.768
+    assert not loss.open[0, 38:].any()
+    assert not loss.open[1, 26:].any()
+    assert not loss.open[:, 0].any()
+    assert loss.told.tolist() == [True, True]
+    torch.testing.assert_close(loss.rough, flow.encode(small_batch["tokens"], small_batch["lengths"]))
+
+
 @pytest.mark.parametrize(("norm", "voiced"), [("l1", False), ("l2", False), ("l1", True)])
 def test_training_steps_lower_the_loss(
     config: dict[str, Any], small_batch: dict[str, Tensor], norm: str, voiced: bool

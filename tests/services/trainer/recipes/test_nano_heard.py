@@ -1,0 +1,107 @@
+"""What Whisper hears in mels, with an encoder of random weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from services.trainer.recipes.nano.heard import SILENCE, BinMap, Listener
+from services.trainer.recipes.nano.whisper import HIDDEN, LAYERS, WhisperEncoder
+from shared.models.flow import FlowLoss
+
+BINS = 80
+FRAMES = 20
+
+
+def linear(generator: np.random.Generator, prefix: str, size: int, out: int) -> dict[str, np.ndarray]:
+    return {f"{prefix}/weight": generator.normal(0, size**-0.5, (out, size)), f"{prefix}/bias": np.zeros(out)}
+
+
+def norm(prefix: str) -> dict[str, np.ndarray]:
+    return {f"{prefix}/gamma": np.ones(HIDDEN), f"{prefix}/beta": np.zeros(HIDDEN)}
+
+
+@pytest.fixture(scope="module")
+def encoder() -> WhisperEncoder:
+    random = np.random.default_rng(0)
+    variables = {
+        "conv1/weight": random.normal(0, 0.05, (HIDDEN, BINS, 3)), "conv1/bias": np.zeros(HIDDEN),
+        "conv2/weight": random.normal(0, 0.02, (HIDDEN, HIDDEN, 3)), "conv2/bias": np.zeros(HIDDEN),
+        "position_encodings/encodings": np.zeros((1500, HIDDEN)),
+    } | norm("layer_norm")  # fmt: skip
+    for layer in range(LAYERS):
+        attention, ffn = f"layer_{layer}/self_attention", f"layer_{layer}/ffn"
+        variables |= norm(f"{attention}/layer_norm") | norm(f"{ffn}/layer_norm")
+        variables |= linear(random, f"{attention}/linear_0", HIDDEN, 3 * HIDDEN)
+        variables |= linear(random, f"{attention}/linear_1", HIDDEN, HIDDEN)
+        variables |= linear(random, f"{ffn}/linear_0", HIDDEN, 2048) | linear(random, f"{ffn}/linear_1", 2048, HIDDEN)
+    return WhisperEncoder({f"encoder/{name}": value for name, value in variables.items()}, "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def listener(encoder: WhisperEncoder) -> Listener:
+    weights = torch.zeros(3 * BINS + 1, 2 * BINS)
+    own = torch.eye(BINS) / np.log(10)
+    weights[BINS : 2 * BINS] = torch.cat([own, own], 1)
+    return Listener(encoder, BinMap(weights))
+
+
+def mels(rows: int = 4, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, FRAMES, BINS, generator=torch.Generator().manual_seed(seed)) - 5
+
+
+def flow_loss(rough: torch.Tensor, end: torch.Tensor, open_: torch.Tensor, told: torch.Tensor) -> FlowLoss:
+    return FlowLoss(*torch.zeros(3), rough, end, open_, told)
+
+
+def test_the_bins_are_a_linear_map_of_three_frames_found_again_by_least_squares() -> None:
+    weights = torch.randn(3 * BINS + 1, 2 * BINS, generator=torch.Generator().manual_seed(1)) / 10
+    known = BinMap(weights)
+    readings = [mel for seed in range(20) for mel in mels(seed=seed)]
+    fitted = BinMap.fit([(mel, known(mel[None])[0]) for mel in readings], ridge=1e-6)
+    other = mels(2, seed=99)
+    assert fitted(other).shape == (2, BINS, 2 * FRAMES)
+    torch.testing.assert_close(fitted(other), known(other), atol=1e-2, rtol=1e-3)
+
+
+def test_what_is_said_the_same_is_heard_the_same(listener: Listener) -> None:
+    true, everywhere = mels(), torch.ones(4, FRAMES, dtype=torch.bool)
+    assert float(listener.distance(true, true, everywhere)) == 0
+    near = float(listener.distance(true + 0.1 * mels(seed=1), true, everywhere))
+    far = float(listener.distance(mels(seed=2), true, everywhere))
+    assert 0 < near < far
+
+
+def test_gradients_reach_the_mel_and_no_weight(listener: Listener, encoder: WhisperEncoder) -> None:
+    mel = mels(seed=1).requires_grad_()
+    listener.distance(mel, mels(), torch.ones(4, FRAMES, dtype=torch.bool)).backward()
+    assert mel.grad is not None
+    assert bool(mel.grad.isfinite().all())
+    assert float(mel.grad.abs().sum()) > 0
+    assert not any(weight.requires_grad for weight in encoder._weights.values())
+
+
+def test_the_end_of_every_second_row_is_heard_where_its_conditions_were_told(listener: Listener) -> None:
+    rough, end = mels(seed=1).requires_grad_(), mels(seed=2).requires_grad_()
+    open_ = torch.ones(4, FRAMES, dtype=torch.bool)
+    open_[0, :5] = False  # given as reference
+    told = torch.tensor([True, True, True, False])
+    loss = flow_loss(rough, end, open_, told)
+    listener.loss(loss, mels(), torch.full((4,), FRAMES)).backward()
+    assert rough.grad is not None
+    assert end.grad is not None
+    assert [bool(row.any()) for row in rough.grad] == [True, False, True, True]
+    assert [bool(row.any()) for row in end.grad] == [False, True, False, False]
+    assert not rough.grad[0, :5].any()
+
+
+def test_what_lies_beyond_an_end_is_not_heard(listener: Listener) -> None:
+    rough, true = mels(seed=1), mels()
+    open_ = torch.arange(FRAMES).expand(4, -1) < 12
+    told = torch.zeros(4, dtype=torch.bool)
+    lengths = torch.full((4,), 12)
+    first = listener.loss(flow_loss(rough, rough, open_, told), true, lengths)
+    changed, other = rough.clone(), true.clone()
+    changed[:, 12:], other[:, 12:] = 3.0, SILENCE + 9
+    torch.testing.assert_close(listener.loss(flow_loss(changed, changed, open_, told), other, lengths), first)
