@@ -20,7 +20,7 @@ from torch import Tensor
 
 from services.trainer.data import paralinguistic_sounds
 from services.trainer.recipes.nano import flow, linguistic, llm, recognizer, semantic, speaker, teacher, text_tokenizer
-from services.trainer.recipes.nano.run import TRAINED, Run, trained
+from services.trainer.recipes.nano.run import TRAINED, Run, last_trained, trained
 from shared.checkpoints import manifest
 from shared.checkpoints.export import export_semantic_onnx, export_speaker_onnx, save_linguistic
 from shared.checkpoints.layout import (
@@ -32,7 +32,6 @@ from shared.checkpoints.layout import (
     Checkpoint,
 )
 from shared.checkpoints.recognizer import save_recognizer
-from shared.models.flow import Flow, FlowConfig
 from shared.models.recognizer import Recognizer
 from shared.models.spectral import SpectralConfig, SpectralVocoder
 from shared.models.step1 import Step1
@@ -76,16 +75,14 @@ def write_language_model(folder: Path) -> None:
     tokenizer = text_tokenizer.tokenizer_file()
     recipe = llm.GPU
     model = Step1(llm.config(recipe, TextTokenizer.from_file(tokenizer).vocab_size))
-    trained("words" if Run("words", {}, 0).step else "llm", "model", model)
+    trained(last_trained("llm", "words"), "model", model)
     (folder / "config.json").write_text(model.config.to_json())
     save_file(halved(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(tokenizer, folder / "tokenizer.model")
 
 
 def write_decoder(folder: Path) -> None:
-    average = torch.optim.swa_utils.AveragedModel(Flow(FlowConfig.from_dict(flow.SECTION)))
-    trained("heard" if Run("heard", {}, 0).step else "flow", "average", average)
-    save_file(halved(average.module.state_dict()), folder / "flow.safetensors")
+    save_file(halved(flow.averaged(last_trained("flow", "heard")).state_dict()), folder / "flow.safetensors")
     config = SpectralConfig()
     wave = trained("vocoder", "model", SpectralVocoder(config))
     save_file(halved(wave.state_dict()), folder / "hift.safetensors")

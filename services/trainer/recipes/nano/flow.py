@@ -30,6 +30,7 @@ from services.trainer.recipes.nano.run import (
     count_parameters,
     products,
     set_lr,
+    trained,
     training_options,
 )
 from services.trainer.recipes.nano.teacher import SAMPLE_RATE_HZ
@@ -99,6 +100,15 @@ def averaging(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
     return update
 
 
+def averaged(name: str) -> Flow:
+    """The flow with the averaged weights of a run. Raises SystemExit where the run is missing."""
+    flow = Flow(FlowConfig.from_dict(SECTION))
+    average = torch.optim.swa_utils.AveragedModel(flow)
+    trained(name, "average", average)
+    flow.load_state_dict(average.module.state_dict())
+    return flow
+
+
 def start_embedding(flow: Flow) -> None:
     """Copy the centroids, projected onto their principal directions and scaled, into the code table."""
     student, autoencoder = linguistic.Student(), semantic.Autoencoder(linguistic.CONFIG.output_size)
@@ -122,6 +132,17 @@ class Batches:
     ) -> None:
         self.coded, self.at_speeds, self.cheap, self.sounding, self.recipe = coded, at_speeds, cheap, sounding, recipe
         self._mels: dict[tuple[int, float], np.ndarray] = {}
+
+    @classmethod
+    def of_data(cls, recipe: FlowRecipe) -> Batches:
+        """Of all readings that the steps before left, told on the terminal."""
+        batches = cls(Coded(), list(perturbed.items()), list(mels.items()), list(sounds.items()), recipe)
+        rows: dict[str, Sized] = {
+            "of the corpus": batches.coded, "at other speeds": batches.at_speeds, "with sounds": batches.sounding,
+            "cheap": batches.cheap,
+        }  # fmt: skip
+        print("rows: " + ", ".join(f"{len(items)} {name}" for name, items in rows.items()), flush=True)
+        return batches
 
     def mel(self, row: dict[str, Any]) -> np.ndarray:
         """(frames, 80) of a row of the store at its speed, kept in float16."""
@@ -189,13 +210,8 @@ def main() -> None:
     optimizer = Optimizer(flow, recipe.lr, outside=("embedding",))
     parts = {"model": flow, "average": average, "optimizers": optimizer}
     run = Run("flow", parts, arguments.steps or recipe.steps, arguments.minutes)
-    batches = Batches(Coded(), list(perturbed.items()), list(mels.items()), list(sounds.items()), recipe)
-    rows: dict[str, Sized] = {
-        "of the corpus": batches.coded, "at other speeds": batches.at_speeds, "with sounds": batches.sounding,
-        "cheap": batches.cheap,
-    }  # fmt: skip
-    counts = ", ".join(f"{len(items)} {name}" for name, items in rows.items())
-    print(f"flow: {count_parameters(flow):.2f} M parameters, rows: {counts}, on {device}", flush=True)
+    print(f"flow: {count_parameters(flow):.2f} M parameters, on {device}", flush=True)
+    batches = Batches.of_data(recipe)
     while run.going:
         pairs, lengths, mel, mel_lengths, speaker = (x.to(device) for x in batches.draw(run.rng()))
         set_lr(optimizer, cosine(run.step, run.steps, recipe.lr, recipe.final_lr, warmup=200))

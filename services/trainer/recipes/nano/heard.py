@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from services.trainer.recipes.nano import flow as flows
-from services.trainer.recipes.nano import mels, perturbed, sounds
 from services.trainer.recipes.nano.codes import Coded
-from services.trainer.recipes.nano.run import Optimizer, Run, begin, cosine, products, set_lr, trained, training_options
+from services.trainer.recipes.nano.run import Optimizer, Run, begin, cosine, products, set_lr, training_options
 from services.trainer.recipes.nano.teacher import SAMPLE_RATE_HZ
 from services.trainer.recipes.nano.whisper import HIDDEN, WhisperEncoder
 from shared.audio.features import MelConfig, prompt_mel, whisper_log_mel
-from shared.models.flow import Flow, FlowConfig, FlowLoss
+from shared.models.flow import FlowLoss
+from shared.models.flow.flow import first_places
 
 BINS = MelConfig().num_mels
 FITTED_ON = 300
@@ -118,7 +118,7 @@ class Listener:
         rough mel of the others. What was given is heard as it is."""
         frames = loss.rough.shape[1]
         mel = F.pad(mel[:, :frames], (0, 0, 0, max(0, frames - mel.shape[1])), value=SILENCE)
-        true = torch.where((torch.arange(frames, device=mel.device) < mel_lengths[:, None])[..., None], mel, SILENCE)
+        true = torch.where(first_places(mel_lengths, frames)[..., None], mel, SILENCE)
         ends = loss.told & (torch.arange(len(mel), device=mel.device) % 2 == 1)
         made = torch.where(ends[:, None, None], loss.end, loss.rough)
         return self.distance(torch.where(loss.open[..., None], made, true), true, loss.open)
@@ -128,19 +128,13 @@ def main() -> None:
     arguments = training_options(__doc__).parse_args()
     device, recipe = begin(arguments, CPU, GPU)
     torch.manual_seed(11)
-    flow = Flow(FlowConfig.from_dict(flows.SECTION))
+    flow = flows.averaged("flow").to(device).train()
     average = torch.optim.swa_utils.AveragedModel(flow, multi_avg_fn=flows.averaging(recipe.flow.average))
-    trained("flow", "average", average)
-    flow.load_state_dict(average.module.state_dict())
-    average.n_averaged.zero_()
-    for part in (flow, average):
-        part.to(device).train()
     optimizer = Optimizer(flow, recipe.flow.lr, outside=("embedding",))
     parts = {"model": flow, "average": average, "optimizers": optimizer}
     run = Run("heard", parts, arguments.steps or recipe.flow.steps, arguments.minutes)
-    coded = Coded()
-    batches = flows.Batches(coded, list(perturbed.items()), list(mels.items()), list(sounds.items()), recipe.flow)
-    listener = Listener.of_readings(coded, device)
+    batches = flows.Batches.of_data(recipe.flow)
+    listener = Listener.of_readings(batches.coded, device)
     while run.going:
         pairs, lengths, mel, mel_lengths, speaker = (x.to(device) for x in batches.draw(run.rng()))
         set_lr(optimizer, cosine(run.step, run.steps, recipe.flow.lr, recipe.flow.final_lr, warmup=30))

@@ -135,6 +135,11 @@ def trained(name: str, part: str, module: nn.Module) -> nn.Module:
     return module.eval()
 
 
+def last_trained(*names: str) -> str:
+    """The last of these runs that was trained, or the first of them."""
+    return next((name for name in reversed(names) if Run(name, {}, 0).step), names[0])
+
+
 class Optimizer:
     """Muon for the matrices inside a model, AdamW for everything else, behind one face.
 
