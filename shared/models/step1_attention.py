@@ -261,7 +261,8 @@ class CachedPrefill:
 class CachedDecode:
     """One new token for each of some slots, every slot over exactly its own length.
 
-    A slot's arithmetic has the same shapes whoever else is in the batch: its result is bit-equal alone and in company.
+    Slots of one length that lie evenly apart attend in one call, as the answers to one prompt do; each is computed by
+    itself there, with the same shapes whoever else is in the batch: its result is bit-equal alone and in company.
     The query heads of a KV group stand as rows of one small matrix, so each key is read once per group, not per head.
     Rows of the batch beyond the slots are padding and come back as zeros.
     """
@@ -270,20 +271,41 @@ class CachedDecode:
         self.cache = cache
         device = cache.keys.device
         groups = cache.keys.shape[2]
-        self.slots = [(slot, cache.lengths[slot] + 1) for slot in slots]
-        self.biases = [_by_group(alibi.last_row(length, device)[None], groups) for _, length in self.slots]
+        row_of = {slot: row for row, slot in enumerate(slots)}
+        self.parts = []
+        for length, chosen in _alike(slots, cache.lengths):
+            rows = torch.tensor([row_of[slot] for slot in chosen], device=device)
+            bias = _by_group(alibi.last_row(length + 1, device)[None], groups)
+            self.parts.append((rows, _slice(chosen), length, bias))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         out = torch.zeros_like(q)
-        for row, ((slot, length), bias) in enumerate(zip(self.slots, self.biases, strict=True)):
-            keys[slot, :, length - 1], values[slot, :, length - 1] = k[row, 0], v[row, 0]
-            query = _by_group(q[row], keys.shape[1])  # (1, G, R, D)
+        for rows, slots, place, bias in self.parts:
+            keys[slots, :, place], values[slots, :, place] = k[rows, 0], v[rows, 0]
+            query = _by_group(q[rows, 0], keys.shape[1])  # (n, G, R, D)
             result = F.scaled_dot_product_attention(
-                query, keys[None, slot, :, :length], values[None, slot, :, :length], attn_mask=bias
+                query, keys[slots, :, : place + 1], values[slots, :, : place + 1], attn_mask=bias
             )
-            out[row] = result.flatten(1, 2)
+            out[rows, 0] = result.flatten(1, 2)
         return out
+
+
+def _alike(slots: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Slots of one length that lie evenly apart, in rising order, with that length."""
+    found: list[tuple[int, list[int]]] = []
+    for slot in sorted(slots, key=lambda slot: (lengths[slot], slot)):
+        length, last = found[-1] if found else (-1, [])
+        if length == lengths[slot] and (len(last) == 1 or slot - last[-1] == last[1] - last[0]):
+            last.append(slot)
+        else:
+            found.append((lengths[slot], [slot]))
+    return found
+
+
+def _slice(slots: Sequence[int]) -> slice:
+    """Slots that lie evenly apart as a slice."""
+    return slice(slots[0], slots[-1] + 1, slots[1] - slots[0] if len(slots) > 1 else 1)
 
 
 class StaticDecode:

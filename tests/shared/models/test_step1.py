@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from shared.models import step1_attention
 from shared.models.step1 import Step1, Step1Config
-from shared.models.step1_attention import SqrtAlibi, alibi_slopes
+from shared.models.step1_attention import CachedDecode, KVCache, SqrtAlibi, alibi_slopes
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden" / "step1_small"
 
@@ -68,6 +68,27 @@ def test_prefill_and_decode_reproduce_the_golden_logits(model: Step1, golden: di
         logits = model.lm_head(hidden)
         torch.testing.assert_close(logits[0], golden["logits"][0, 100 + step], atol=2e-4, rtol=0)
         torch.testing.assert_close(logits[1], golden["logits"][1, 37 + step], atol=2e-4, rtol=0)
+
+
+def test_slots_of_one_length_attend_together_and_get_what_they_get_alone(
+    model: Step1, golden: dict[str, torch.Tensor]
+) -> None:
+    ids, lengths = golden["input_ids"][0], {5: 40, 1: 40, 3: 40, 0: 40, 6: 17, 2: 40}
+
+    def filled() -> KVCache:
+        cache = model.new_cache(slots=7, capacity=64)
+        for slot, length in lengths.items():
+            model.prefill(ids[slot : slot + length], cache, slot)
+        return cache
+
+    slots, cache = list(lengths), filled()
+    assert [len(part[0]) for part in CachedDecode(cache, slots, model.alibi).parts] == [1, 4, 1]
+    tokens = ids[100 : 100 + len(slots)]
+    together = torch.stack([model.decode(tokens, cache, slots, rows=8) for _ in range(3)])
+    for row, slot in enumerate(slots):
+        alone = filled()
+        steps = [model.decode(tokens[row : row + 1], alone, [slot], rows=8)[0] for _ in range(3)]
+        assert torch.equal(torch.stack(steps), together[:, row])
 
 
 def test_a_prompt_longer_than_a_chunk_equals_the_whole_sequence(model: Step1) -> None:

@@ -2,7 +2,8 @@
 `python -m services.trainer.recipes.nano.restore models/nano`.
 
 The tokenizers stay as they are, since everything else was trained on their codes; `codes` and `plain` take them from
-the checkpoint with `--checkpoint`. Optimizers start anew. A run that is there is left alone.
+the checkpoint with `--checkpoint`. Optimizers start anew. A run that is there is left alone. What `words` and `heard`
+made of `llm` and `flow` stands in their runs and in those that they start from: to train these on, remove the others.
 """
 
 from __future__ import annotations
@@ -38,10 +39,16 @@ def restore(root: str | Path) -> None:
     text = assets.data_dir() / "runs" / "text" / "tokenizer.model"
     text.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(checkpoint.text_tokenizer_file, text)
-    write_run("llm", {"model": _weights(checkpoint.step1_dir / "model.safetensors")}, steps["llm"])
     flow = _weights(checkpoint.flow_file)
     average = {f"module.{key}": value.clone() for key, value in flow.items()}
-    write_run("flow", {"model": flow, "average": {"n_averaged": torch.tensor(steps["flow"]), **average}}, steps["flow"])
+    language_model = {"model": _weights(checkpoint.step1_dir / "model.safetensors")}
+    for name in ("llm", "words"):
+        if steps.get(name):
+            write_run(name, language_model, steps[name])
+    for name in ("flow", "heard"):
+        if steps.get(name):
+            average["n_averaged"] = torch.tensor(steps[name])
+            write_run(name, {"model": flow, "average": average}, steps[name])
     write_run("vocoder", {"model": _weights(checkpoint.vocoder_file)}, steps["vocoder"])
     if checkpoint.has_recognizer:
         write_run("recognizer", {"model": _weights(checkpoint.recognizer_file)}, steps["recognizer"])

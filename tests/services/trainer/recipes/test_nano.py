@@ -221,7 +221,7 @@ def test_a_released_checkpoint_becomes_runs_again_with_its_weights_and_steps(
     monkeypatch.setenv("EDITX_DATA", str(tmp_path / "data"))
     root = tmp_path / "released"
     shutil.copytree(NANO, root)
-    steps = {"llm": 6, "flow": 5, "vocoder": 4, "recognizer": 3}
+    steps = {"llm": 6, "flow": 5, "heard": 0, "vocoder": 4, "recognizer": 3, "words": 2}
     (root / "editx.json").write_text(json.dumps({"name": "nano", "steps": steps}))
     restore.restore(root)
     model = Step1(llm.config(llm.CPU, TextTokenizer.from_file(text_tokenizer.tokenizer_file()).vocab_size))
@@ -231,6 +231,7 @@ def test_a_released_checkpoint_becomes_runs_again_with_its_weights_and_steps(
     average = torch.optim.swa_utils.AveragedModel(Flow(FlowConfig.from_dict(flow.SECTION)))
     assert Run("flow", {"average": average}, 0).step == 5
     assert int(average.n_averaged) == 5
+    assert [Run(name, {}, 0).step for name in ("words", "heard")] == [2, 0], "what was not trained has no run"
     assert Run("vocoder", {"model": SpectralVocoder(SpectralConfig())}, 0).step == 4
     assert Run("recognizer", {"model": Recognizer(recognizer.config())}, 0).step == 3
     fresh = Recognizer(recognizer.config())

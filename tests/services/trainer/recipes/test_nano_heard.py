@@ -8,7 +8,6 @@ import torch
 
 from services.trainer.recipes.nano.heard import SILENCE, BinMap, Listener
 from services.trainer.recipes.nano.whisper import HIDDEN, LAYERS, WhisperEncoder
-from shared.models.flow import FlowLoss
 
 BINS = 80
 FRAMES = 20
@@ -51,10 +50,6 @@ def mels(rows: int = 4, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, FRAMES, BINS, generator=torch.Generator().manual_seed(seed)) - 5
 
 
-def flow_loss(rough: torch.Tensor, end: torch.Tensor, open_: torch.Tensor, told: torch.Tensor) -> FlowLoss:
-    return FlowLoss(*torch.zeros(3), rough, end, open_, told)
-
-
 def test_the_bins_are_a_linear_map_of_three_frames_found_again_by_least_squares() -> None:
     weights = torch.randn(3 * BINS + 1, 2 * BINS, generator=torch.Generator().manual_seed(1)) / 10
     known = BinMap(weights)
@@ -82,26 +77,10 @@ def test_gradients_reach_the_mel_and_no_weight(listener: Listener, encoder: Whis
     assert not any(weight.requires_grad for weight in encoder._weights.values())
 
 
-def test_the_end_of_every_second_row_is_heard_where_its_conditions_were_told(listener: Listener) -> None:
-    rough, end = mels(seed=1).requires_grad_(), mels(seed=2).requires_grad_()
-    open_ = torch.ones(4, FRAMES, dtype=torch.bool)
-    open_[0, :5] = False  # given as reference
-    told = torch.tensor([True, True, True, False])
-    loss = flow_loss(rough, end, open_, told)
-    listener.loss(loss, mels(), torch.full((4,), FRAMES)).backward()
-    assert rough.grad is not None
-    assert end.grad is not None
-    assert [bool(row.any()) for row in rough.grad] == [True, False, True, True]
-    assert [bool(row.any()) for row in end.grad] == [False, True, False, False]
-    assert not rough.grad[0, :5].any()
-
-
 def test_what_lies_beyond_an_end_is_not_heard(listener: Listener) -> None:
-    rough, true = mels(seed=1), mels()
-    open_ = torch.arange(FRAMES).expand(4, -1) < 12
-    told = torch.zeros(4, dtype=torch.bool)
-    lengths = torch.full((4,), 12)
-    first = listener.loss(flow_loss(rough, rough, open_, told), true, lengths)
-    changed, other = rough.clone(), true.clone()
+    made, true = mels(seed=1), mels()
+    real = torch.arange(FRAMES).expand(4, -1) < 12
+    first = listener.distance(made, true, real)
+    changed, other = made.clone(), true.clone()
     changed[:, 12:], other[:, 12:] = 3.0, SILENCE + 9
-    torch.testing.assert_close(listener.loss(flow_loss(changed, changed, open_, told), other, lengths), first)
+    torch.testing.assert_close(listener.distance(changed, other, real), first)
