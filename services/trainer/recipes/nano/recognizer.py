@@ -16,7 +16,7 @@ from torch import Tensor
 
 from services.trainer.recipes.nano import perturbed, plain
 from services.trainer.recipes.nano.codes import Coded, Item, other_codes
-from services.trainer.recipes.nano.flow import SECTION
+from services.trainer.recipes.nano.flow import SECTION, averaged
 from services.trainer.recipes.nano.run import (
     Optimizer,
     Run,
@@ -28,7 +28,6 @@ from services.trainer.recipes.nano.run import (
     training_options,
 )
 from shared.codes import LINGUISTIC_PAD, interleave, time_align
-from shared.models.flow import Flow, FlowConfig
 from shared.models.recognizer import Recognizer, RecognizerConfig, letters
 
 LETTERS_PER_FRAME = 0.9
@@ -86,11 +85,9 @@ def draw(
 
 
 def start(model: Recognizer) -> None:
-    """The flow's embedding and the layers of its encoder before doubling."""
-    average = torch.optim.swa_utils.AveragedModel(Flow(FlowConfig.from_dict(SECTION)))
-    Run("flow", {"average": average}, 0)
+    """The flow's embedding and the layers of its encoder before doubling. Raises SystemExit where it is missing."""
     known: dict[str, Tensor] = {}
-    for name, value in average.module.state_dict().items():
+    for name, value in averaged("flow").state_dict().items():
         known[name.removeprefix("encoder.").replace("input_embedding.", "embedding.")] = value
     model.load_state_dict({name: known.get(name, value) for name, value in model.state_dict().items()})
 
