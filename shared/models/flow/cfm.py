@@ -44,19 +44,15 @@ class RoughGuidance:
 
     Before time `until`, what the estimator expects at the end takes over the rough mel's course along the mel bins, as
     a Gaussian of `width` bins sees it; what is finer, and every later step, is the estimator's own. (Iterative latent
-    variable refinement, arXiv 2108.02938.) Of the result, `share` is the rough mel itself and the rest the mel so
-    found. Frames do not mix, so a stream gives what one pass gives.
+    variable refinement, arXiv 2108.02938.) Frames do not mix, so a stream gives what one pass gives.
     """
 
     width: float
     until: float
-    share: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.width <= 0 or not 0 < self.until < 1 or not 0 <= self.share < 1:
-            raise ValueError(
-                f"rough guidance needs a width above 0, a time between 0 and 1 and a share below 1, not {self}"
-            )
+        if self.width <= 0 or not 0 < self.until < 1:
+            raise ValueError(f"rough guidance needs a width above 0 and a time between 0 and 1, not {self}")
 
     def correction(self, guess: Tensor, expected: Tensor) -> Tensor:
         """What to add to a guess of the mel (B, T, C), given the expected one of the same shape."""
@@ -111,16 +107,13 @@ def _doubled(mask: Tensor | None) -> Tensor | None:
 
 
 class CFM(nn.Module):
-    """The estimator with an Euler solver and classifier-free guidance. `temperature` scales the noise at the start."""
+    """The estimator with an Euler solver and classifier-free guidance."""
 
-    def __init__(
-        self, estimator: DiT, cfg_rate: float, rough: RoughGuidance | None = None, temperature: float = 1.0
-    ) -> None:
+    def __init__(self, estimator: DiT, cfg_rate: float, rough: RoughGuidance | None = None) -> None:
         super().__init__()
         self.estimator = estimator
         self.cfg_rate = cfg_rate
         self.rough = rough
-        self.temperature = temperature
 
     def forward(
         self,
@@ -176,7 +169,7 @@ class CFM(nn.Module):
         rate = self._rate(cfg_rate)
         told = conditions.with_unconditional() if rate > 0 else conditions
         expected = None if self.rough is None else conditions.expected()
-        x, times = self.temperature * noise.float(), time_grid(steps, noise.device)
+        x, times = noise.float(), time_grid(steps, noise.device)
         for step in range(steps):
             if rate > 0:
                 towards, away = velocity(step, torch.cat([x, x]), times[step : step + 1], told).chunk(2)
@@ -187,7 +180,7 @@ class CFM(nn.Module):
                 left = 1 - times[step]
                 slope = slope + self.rough.correction(x + left * slope, expected) / left
             x = x + (times[step + 1] - times[step]) * slope
-        return x if self.rough is None or expected is None else torch.lerp(x, expected, self.rough.share)
+        return x
 
     def loss(
         self, mel: Tensor, mask: Tensor, conditions: Conditions, dials: FlowTraining, generator: torch.Generator | None

@@ -32,10 +32,9 @@ Config = TypeVar("Config", EncoderConfig, DiTConfig)
 class FlowConfig:
     """Sizes of the flow; the defaults are those of the published checkpoint.
 
-    `temperature`, `rough`, `longest_reference` and `voiced_rough` are this project's and absent from a published
-    configuration: the scale of the noise that sampling starts from, how sampling is held to the rough mel, how many
-    token pairs of a reference the flow reads at most, None for all, and whether the rough mel, which knows no voice, is
-    moved to that of the reference (`voice_shift`).
+    `rough`, `longest_reference` and `voiced_rough` are this project's and absent from a published configuration: how
+    sampling is held to the rough mel, how many token pairs of a reference the flow reads at most, None for all, and
+    whether the rough mel, which knows no voice, is moved to that of the reference (`voice_shift`).
     """
 
     input_size: int = 512
@@ -43,7 +42,6 @@ class FlowConfig:
     spk_embed_dim: int = 192
     vocab_size: int = 5121
     cfg_rate: float = 0.7
-    temperature: float = 1.0
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     estimator: DiTConfig = field(default_factory=DiTConfig)
     rough: RoughGuidance | None = None
@@ -64,16 +62,12 @@ class FlowConfig:
         rough, longest = decoder.get("rough_guidance"), section.get("longest_reference")
         if longest is not None and int(longest) < 1:
             raise ValueError(f"flow.longest_reference is {longest}; it must be at least 1")
-        temperature = float(decoder.get("inference_temperature", cls.temperature))
-        if temperature < 0:
-            raise ValueError(f"flow.decoder.inference_temperature is {temperature}; it must not be below 0")
         return cls(
             **own,
             cfg_rate=float(decoder.get("inference_cfg_rate", cls.cfg_rate)),
-            temperature=temperature,
             encoder=_pick(EncoderConfig, encoder),
             estimator=_pick(DiTConfig, decoder.get("estimator", {})),
-            rough=None if rough is None else RoughGuidance(**{name: float(value) for name, value in rough.items()}),
+            rough=None if rough is None else RoughGuidance(float(rough["width"]), float(rough["until"])),
             longest_reference=None if longest is None else int(longest),
             voiced_rough=bool(section.get("voiced_rough", False)),
         )
@@ -140,7 +134,7 @@ class Flow(nn.Module):
         self.spk_embed_affine_layer = nn.Linear(config.spk_embed_dim, config.output_size)
         self.encoder = Encoder(config.encoder)
         self.encoder_proj = nn.Linear(config.encoder.output_size, config.output_size)
-        self.decoder = CFM(DiT(config.estimator), config.cfg_rate, config.rough, config.temperature)
+        self.decoder = CFM(DiT(config.estimator), config.cfg_rate, config.rough)
 
     @property
     def frames_per_token(self) -> int:
