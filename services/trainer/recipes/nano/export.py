@@ -37,7 +37,7 @@ from shared.models.spectral import SpectralConfig, SpectralVocoder
 from shared.models.step1 import Step1
 from shared.prompts import TextTokenizer
 
-VERSION = "0.10.0"
+VERSION = "0.11.0"
 SPEAKER_FILE = Path(EDITX_FOLDER) / DECODER_FOLDER / "campplus.onnx"
 TOKENIZERS = ("linguistic", "semantic", "speaker")
 TEMPERATURE = 0.2
