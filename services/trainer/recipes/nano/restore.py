@@ -47,8 +47,8 @@ def restore(root: str | Path) -> None:
             write_run(name, language_model, steps[name])
     for name in ("flow", "heard"):
         if steps.get(name):
-            average["n_averaged"] = torch.tensor(steps[name])
-            write_run(name, {"model": flow, "average": average}, steps[name])
+            counted = average | {"n_averaged": torch.tensor(steps[name])}
+            write_run(name, {"model": flow, "average": counted}, steps[name])
     write_run("vocoder", {"model": _weights(checkpoint.vocoder_file)}, steps["vocoder"])
     if checkpoint.has_recognizer:
         write_run("recognizer", {"model": _weights(checkpoint.recognizer_file)}, steps["recognizer"])
