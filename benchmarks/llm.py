@@ -26,7 +26,7 @@ from torch import Tensor
 from services.llm.decoding import ExactDecoder, StaticDecoder
 from shared.checkpoints.weights import default_dtype
 from shared.codes import AUDIO_VOCAB
-from shared.models.quantize import quantize_int8
+from shared.models.quantize import HalfLinear, Int8Linear, replace_linears
 from shared.models.step1 import Step1, Step1Config
 from shared.models.step1_attention import KVCache
 
@@ -128,10 +128,13 @@ def build(kind: str, layers: int, device: str, audio_ids: int) -> Step1:
                          num_hidden_layers=layers, vocab_size=audio_ids + 64)  # fmt: skip
     model = Step1(config)
     model.initialise()
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": default_dtype(device)}
-    model = model.to(device, dtypes[kind]).eval()
+    dtypes = {"int8": default_dtype(device), "half": torch.float32}
+    model = model.to(device, dtypes.get(kind) or getattr(torch, kind)).eval()
     if kind == "int8":
-        quantize_int8(model)
+        replace_linears(model, Int8Linear.of)
+    elif kind == "half":
+        replace_linears(model, HalfLinear.of)
+        model.join()
     return model
 
 
@@ -194,8 +197,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument(
-        "--kinds", nargs="+", choices=["float32", "bfloat16", "int8"],
-        help="Default: int8, and bfloat16 where the device has instructions for it, else float32.",
+        "--kinds", nargs="+", choices=["float32", "bfloat16", "half", "int8"],
+        help="Default: int8, and bfloat16 where the device has instructions for it, else float32 and half, which is "
+        "float32 with weights in float16.",
     )  # fmt: skip
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--contexts", nargs="+", type=int, default=[512, 2048, 8192])
@@ -208,7 +212,9 @@ def main() -> None:
     timed = f"{options.threads} threads, {options.clock} time, torch {torch.__version__}"
     print(f"{options.layers} layers of 3072, {options.device}, {timed}")
     print(f"{'what':28} {'batch':>5} {'context':>7} {'ms':>10} {'tokens/s':>10} {'peak MiB':>9} {'32 layers':>12}")
-    for kind in options.kinds or [str(default_dtype(options.device)).removeprefix("torch."), "int8"]:
+    dtype = default_dtype(options.device)
+    usual = ["float32", "half", "int8"] if HalfLinear.works(dtype, options.device) else ["bfloat16", "int8"]
+    for kind in options.kinds or usual:
         with torch.inference_mode():
             model = build(kind, options.layers, options.device, AUDIO_VOCAB)
             for context in options.contexts:

@@ -8,7 +8,7 @@ is captured once as a CUDA graph. Knows nothing about sampling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -36,7 +36,7 @@ class Decoder(Protocol):
         ...
 
 
-def _alike(probe: nn.Module, x: Tensor, multiple: int) -> bool:
+def _alike(probe: Callable[[Tensor], Tensor], x: Tensor, multiple: int) -> bool:
     """Whether every multiple of a height, and another order of rows, gives each row the same bits as all of x."""
     whole = probe(x)
     heights = range(multiple, len(x), multiple)
@@ -48,18 +48,22 @@ def _alike(probe: nn.Module, x: Tensor, multiple: int) -> bool:
 def row_multiple(model: Step1, head: nn.Module, slots: int) -> int:
     """The smallest m such that batches padded to multiples of m give every row the same bits, up to `slots` rows.
 
-    Measured on the norms and products of the first layer and the head. Falls back to `slots` rounded up to 8: one
-    height for all batches. Typically 1 for int8, 2 for bf16 and 4 for float32 on a CPU.
+    Measured on the norms and products of the first layer and the head. Falls back to `slots` rounded up to 24, which
+    all multiples divide: one height for all batches. Typically 1 for int8, 2 for bf16, 3 for float16 weights and 4 for
+    float32 on a CPU.
     """
-    fixed = -(-slots // 8) * 8
+    fixed = -(-slots // 24) * 24
     layer = model.model.layers[0]
     assert isinstance(layer, Layer)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(fixed, model.config.hidden_size, generator=generator).to(model.device, model.dtype)
     attention = layer.self_attn
-    probes = [nn.Sequential(layer.input_layernorm, part) for part in (attention.q_proj, attention.k_proj)]
-    probes += [nn.Sequential(attention.o_proj, layer.post_attention_layernorm, layer.mlp), nn.Sequential(head)]
-    for multiple in (1, 2, 4, 8):
+
+    def read(x: Tensor) -> Tensor:
+        return torch.cat(attention.projected(layer.input_layernorm(x)), -1)
+
+    probes = [read, nn.Sequential(attention.o_proj, layer.post_attention_layernorm, layer.mlp), head]
+    for multiple in (1, 2, 3, 4, 6, 8):
         if all(_alike(probe, x, multiple) for probe in probes):
             return multiple
     return fixed

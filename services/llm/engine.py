@@ -54,7 +54,7 @@ class Engine(GenerationEngine):
         make = StaticDecoder if model.device.type == "cuda" else ExactDecoder
         self._prefixes = PrefixCache(self.settings.prefix_cache_tokens, model.chunk)
         self._running: list[_Sequence] = []
-        self._free = list(range(self.settings.slots))
+        self._free = list(reversed(range(self.settings.slots)))  # the lowest is last, and taken first
         self._begins = threading.Event()
         with threads(1 if is_small(model) else torch.get_num_threads()):
             with torch.inference_mode():
@@ -160,7 +160,7 @@ class Engine(GenerationEngine):
 
     def _leave(self, sequence: _Sequence, last: Outcome | Exception) -> None:
         self._running.remove(sequence)
-        self._free.extend(sequence.slots)
+        self._free = sorted([*self._free, *sequence.slots], reverse=True)
         sequence.generation.put(last)
 
     def _fail_all(self, error: Exception, *, waiting: bool = False) -> None:

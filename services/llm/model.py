@@ -21,8 +21,10 @@ from services.llm.words import WordChoice, seeds
 from shared.checkpoints import Checkpoint
 from shared.checkpoints.recognizer import load_recognizer
 from shared.checkpoints.step1 import Quantize, load_config, load_step1, load_text_tokenizer
+from shared.checkpoints.weights import default_dtype
 from shared.errors import UserError
 from shared.inference.port import InferenceRequest, Parameters, Tensors
+from shared.models.quantize import HalfLinear
 from shared.models.step1 import Step1Config
 from shared.prompts import TextTokenizer
 from shared.settings import from_environment
@@ -122,14 +124,27 @@ class LlmModel:
 
 
 def _builtin_engine(checkpoint: Checkpoint, device: str, chosen: LlmSettings) -> GenerationEngine:
-    int8: Quantize = "int8" if chosen.quantize == "int8" else None
-    model = load_step1(checkpoint, dtype=DTYPES[chosen.dtype], device=device, quantize=int8)
+    dtype = DTYPES[chosen.dtype] or default_dtype(device)
+    model = load_step1(checkpoint, dtype=dtype, device=device, quantize=_quantize(chosen.quantize, dtype, device))
     text = _text_tokenizer(checkpoint, model.config)
     return Engine(model, audio_offset=text.audio_offset, eos=text.eos, settings=_bounds(chosen, model.config))
 
 
+def _quantize(asked: str, dtype: torch.dtype, device: str) -> Quantize:
+    """How to shrink the weights. Raises UserError for float16 ones where no kernel takes them."""
+    works = HalfLinear.works(dtype, device)
+    if asked == "half" and not works:
+        raise UserError(
+            "EDITX_LLM_QUANTIZE=half is for x86 CPUs and float32 activations.",
+            "Leave it out, or set EDITX_LLM_DTYPE=float32 and EDITX_LLM_DEVICE=cpu.", "invalid_setting",
+        )  # fmt: skip
+    if asked == "half" or (asked == "auto" and works):
+        return "half"
+    return "int8" if asked == "int8" else None
+
+
 def _vllm_engine(checkpoint: Checkpoint, device: str, chosen: LlmSettings) -> GenerationEngine:
-    if chosen.quantize != "none":
+    if chosen.quantize not in ("auto", "none"):
         raise UserError(f"EDITX_LLM_QUANTIZE={chosen.quantize} is for the built-in engine.",
                         "Leave it out, or set EDITX_LLM_ENGINE=builtin.", "invalid_setting")  # fmt: skip
     from services.llm.vllm_engine import VllmEngine, VllmSettings

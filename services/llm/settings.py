@@ -19,9 +19,11 @@ class LlmSettings(BaseSettings):
         default="auto",
         description="Of weights and cache. auto: bfloat16 on GPUs and on CPUs with instructions for it, else float32.",
     )
-    quantize: Literal["none", "int8"] = Field(
-        default="none", description="int8 halves the weights and speeds up small batches on CPUs."
-    )
+    quantize: Literal["auto", "none", "half", "int8"] = Field(
+        default="auto",
+        description="Of the weights. half: float16 for products in float32; int8: half the memory of bfloat16. auto: "
+        "half on CPUs that compute in float32 and have the kernel, else none.",
+    )  # fmt: skip
     slots: int = Field(default=16, ge=1, le=256, description="Sequences that are generated side by side.")
     candidates: int | None = Field(
         default=None, ge=1, le=32,

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from shared.checkpoints.layout import Checkpoint, InvalidCheckpoint, read_json
 from shared.checkpoints.unfilled import unfilled
 from shared.checkpoints.weights import default_dtype, read_headers
-from shared.models.quantize import Int8Linear, quantize_weight
+from shared.models.quantize import HalfLinear, Int8Linear, quantize_weight
 from shared.models.step1 import Step1, Step1Config
 from shared.prompts import TextTokenizer
 
-Quantize = Literal["int8"] | None
+Quantize = Literal["int8", "half"] | None
 
 
 def load_config(checkpoint: Checkpoint) -> Step1Config:
@@ -57,12 +57,13 @@ def _check_headers(checkpoint: Checkpoint, model: nn.Module) -> None:
 
 
 def _place(model: Step1, name: str, tensor: Tensor, quantize: Quantize) -> None:
-    """Put one tensor into the (meta) model, as int8 if asked and if it is a matrix of a linear layer."""
+    """Put one tensor into the (meta) model, made smaller if asked and if it is a matrix of a linear layer."""
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
-    if quantize == "int8" and isinstance(owner, nn.Linear):
+    if quantize and isinstance(owner, nn.Linear):
         parent_name, _, child = owner_name.rpartition(".")
-        setattr(model.get_submodule(parent_name), child, Int8Linear(*quantize_weight(tensor)))
+        smaller = Int8Linear(*quantize_weight(tensor)) if quantize == "int8" else HalfLinear(tensor)
+        setattr(model.get_submodule(parent_name), child, smaller)
     else:
         setattr(owner, leaf, nn.Parameter(tensor, requires_grad=quantize is None))
 
@@ -78,8 +79,9 @@ def load_step1(
     """The language model with its weights, in eval mode. Without `needs_head` its lm_head may be missing: it passes
     hidden states on then.
 
-    `dtype` None takes `default_dtype(device)`. Tensors are converted (and quantised) one by one, so the peak is the
-    finished model and one tensor. Raises MissingComponent or InvalidCheckpoint naming file and tensor.
+    `dtype` None takes `default_dtype(device)`; "half" is for float32 on a CPU (`HalfLinear`). Tensors are converted
+    (and quantised) one by one, so the peak is the finished model and one tensor. Raises MissingComponent or
+    InvalidCheckpoint naming file and tensor.
     """
     chosen = dtype or default_dtype(device)
     with unfilled():
@@ -91,6 +93,8 @@ def load_step1(
         with safe_open(path, framework="pt", device=str(device)) as file:
             for name in file.keys():  # noqa: SIM118
                 _place(model, name, file.get_tensor(name).to(chosen), quantize)
+    if quantize == "half":
+        model.join()
     return model.eval()
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from shared.models.quantize import HalfLinear
 from shared.models.step1_attention import (
     Attend,
     CachedDecode,
@@ -97,15 +98,28 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: Step1Config) -> None:
         super().__init__()
-        kv_size = config.num_attention_groups * config.head_dim
+        self.kv_size = config.num_attention_groups * config.head_dim
         self.head_dim = config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.qkv_proj: nn.Module | None = None
+
+    def join(self) -> None:
+        """Make one product of the float16 ones that read the same: a small model's step is mostly calls."""
+        self.qkv_proj = HalfLinear.joined(self.q_proj, self.k_proj, self.v_proj)
+        del self.q_proj, self.k_proj, self.v_proj
+
+    def projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries (..., hidden), keys and values (..., G * D) of x (..., hidden)."""
+        if self.qkv_proj is None:
+            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        both: Tensor = self.qkv_proj(x)
+        return both.split([both.shape[-1] - 2 * self.kv_size, self.kv_size, self.kv_size], -1)
 
     def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.projected(x))
         out: Tensor = self.o_proj(attend(layer, q, k, v).flatten(-2))
         return out
 
@@ -118,9 +132,20 @@ class FeedForward(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj: nn.Module | None = None
+
+    def join(self) -> None:
+        """The same for gate and up."""
+        self.gate_up_proj = HalfLinear.joined(self.gate_proj, self.up_proj)
+        del self.gate_proj, self.up_proj
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_up_proj is None:
+            wide = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        else:
+            gate, up = self.gate_up_proj(x).chunk(2, -1)
+            wide = F.silu(gate, inplace=True) * up
+        out: Tensor = self.down_proj(wide)
         return out
 
 
@@ -191,6 +216,13 @@ class Step1(nn.Module):
                 else:
                     residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                     parameter.normal_(0.0, narrow if residual else std, generator=generator)
+
+    def join(self) -> None:
+        """Make one product of the float16 ones that read the same (`HalfLinear`). For inference alone."""
+        for layer in self.model.layers:
+            assert isinstance(layer, Layer)
+            layer.self_attn.join()
+            layer.mlp.join()
 
     def _run(self, x: Tensor, attend: Attend) -> Tensor:
         for index, layer in enumerate(self.model.layers):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -272,9 +273,10 @@ class CachedDecode:
         device = cache.keys.device
         groups = cache.keys.shape[2]
         row_of = {slot: row for row, slot in enumerate(slots)}
-        self.parts = []
+        self.parts: list[tuple[slice | Tensor, slice, int, Tensor]] = []
         for length, chosen in _alike(slots, cache.lengths):
-            rows = torch.tensor([row_of[slot] for slot in chosen], device=device)
+            in_order = [row_of[slot] for slot in chosen]
+            rows = _slice(in_order) if _are_even(in_order) else torch.tensor(in_order, device=device)
             bias = _by_group(alibi.last_row(length + 1, device)[None], groups)
             self.parts.append((rows, _slice(chosen), length, bias))
 
@@ -303,9 +305,15 @@ def _alike(slots: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, list
     return found
 
 
-def _slice(slots: Sequence[int]) -> slice:
-    """Slots that lie evenly apart as a slice."""
-    return slice(slots[0], slots[-1] + 1, slots[1] - slots[0] if len(slots) > 1 else 1)
+def _are_even(numbers: Sequence[int]) -> bool:
+    """Whether numbers rise evenly."""
+    steps = {later - earlier for earlier, later in pairwise(numbers)}
+    return not steps or (len(steps) == 1 and min(steps) > 0)
+
+
+def _slice(numbers: Sequence[int]) -> slice:
+    """Numbers that rise evenly as a slice."""
+    return slice(numbers[0], numbers[-1] + 1, numbers[1] - numbers[0] if len(numbers) > 1 else 1)
 
 
 class StaticDecode:

@@ -236,7 +236,8 @@ def test_the_served_model_answers_with_either_engine_alike(checkpoint: Checkpoin
     requests = [InferenceRequest({"prompt": prompt}, {"seed": seed, **bounds}) for seed in (1, 2)]
     answers = []
     for engine in ("builtin", "vllm"):
-        model = LlmModel(checkpoint, settings=LlmSettings(engine=engine, dtype="float32", slots=4, context=256))  # type: ignore[arg-type]
+        settings = LlmSettings(engine=engine, dtype="float32", quantize="none", slots=4, context=256)  # type: ignore[arg-type]
+        model = LlmModel(checkpoint, settings=settings)
         answers.append(model.infer(requests))
         pieces = list(model.stream(requests[0]))
         assert sum(len(piece["mixed"]) for piece in pieces) % 5 == 0

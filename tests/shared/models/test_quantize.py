@@ -1,4 +1,4 @@
-"""Int8 weights stay near the exact ones and give a row the same bits in any batch."""
+"""Smaller weights stay near the exact ones, and int8 ones give a row the same bits in any batch."""
 
 import copy
 import json
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from shared.models.quantize import Int8Linear, output_rows, quantize_int8, quantize_weight
+from shared.models.quantize import HalfLinear, Int8Linear, output_rows, quantize_weight, replace_linears
 from shared.models.step1 import Step1, Step1Config
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden" / "step1_small"
@@ -51,15 +51,32 @@ def test_chosen_output_rows_are_those_of_the_whole_layer() -> None:
     torch.testing.assert_close(output_rows(layer, ids)(x), layer(x)[:, ids])
     packed = Int8Linear.of(layer)
     torch.testing.assert_close(output_rows(packed, ids)(x), packed(x)[:, ids])
+    halves = HalfLinear.of(layer)
+    torch.testing.assert_close(output_rows(halves, ids)(x), halves(x)[:, ids])
     with pytest.raises(TypeError, match="linear layer"):
         output_rows(nn.ReLU(), ids)
+    with pytest.raises(ValueError, match="without bias"):
+        HalfLinear.of(nn.Linear(8, 8))
+
+
+def test_float16_weights_keep_all_that_bfloat16_ones_have() -> None:
+    torch.manual_seed(0)
+    exact = nn.Linear(64, 48, bias=False).to(torch.bfloat16).float()
+    packed = HalfLinear.of(exact)
+    assert torch.equal(packed.weight, exact.weight)
+    x = torch.randn(3, 200, 64)
+    for rows in (1, 7, 200):
+        torch.testing.assert_close(packed(x[:, :rows]), exact(x[:, :rows]), atol=1e-5, rtol=1e-5)
+    assert HalfLinear.works(torch.float32, "cpu")
+    assert not HalfLinear.works(torch.bfloat16, "cpu")
+    assert not HalfLinear.works(torch.float32, "cuda")
 
 
 def test_step1_in_int8_stays_near_the_golden_logits() -> None:
     model = Step1(Step1Config.from_dict(json.loads((GOLDEN / "config.json").read_text())))
     model.load_state_dict(load_file(GOLDEN / "model.safetensors"))
     golden = load_file(GOLDEN / "io.safetensors")
-    small = quantize_int8(copy.deepcopy(model))
+    small = replace_linears(copy.deepcopy(model), Int8Linear.of)
     with torch.no_grad():
         _, logits = small(golden["input_ids"])
     assert (logits - golden["logits"]).norm() / golden["logits"].norm() < 0.05
