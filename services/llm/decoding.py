@@ -62,7 +62,8 @@ def row_multiple(model: Step1, head: nn.Module, slots: int) -> int:
     def read(x: Tensor) -> Tensor:
         return torch.cat(attention.projected(layer.input_layernorm(x)), -1)
 
-    probes = [read, nn.Sequential(attention.o_proj, layer.post_attention_layernorm, layer.mlp), head]
+    write = nn.Sequential(attention.o_proj, layer.post_attention_layernorm, layer.mlp)
+    probes: list[Callable[[Tensor], Tensor]] = [read, write, head]
     for multiple in (1, 2, 3, 4, 6, 8):
         if all(_alike(probe, x, multiple) for probe in probes):
             return multiple

@@ -78,6 +78,8 @@ class GenerateHandler:
         said = edit.target_text or parameters["text"] or ""
         if said:
             inputs["text"] = np.array([ord(character) for character in said], np.int32)
+        else:
+            inputs["spoken"] = mixed[: groups * GROUP]
         if plain := _plain(edit):
             inputs["against"] = self._prompt(plain, parameters["text"], mixed)
         found = self._generate_all(step, inputs, seeds, limits)

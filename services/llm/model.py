@@ -22,6 +22,7 @@ from shared.checkpoints import Checkpoint
 from shared.checkpoints.recognizer import load_recognizer
 from shared.checkpoints.step1 import Quantize, load_config, load_step1, load_text_tokenizer
 from shared.checkpoints.weights import default_dtype
+from shared.codes import Codes, split
 from shared.errors import UserError
 from shared.inference.port import InferenceRequest, Parameters, Tensors
 from shared.models.quantize import HalfLinear
@@ -37,7 +38,8 @@ class LlmModel:
 
     Inputs "prompt": int64 (n,), a chat of shared.prompts as ids; "text", optional: int32 (k,), what the answer should
     say, as code points. With it a checkpoint that has a recogniser draws several answers and gives the one that says
-    it best (`LlmSettings.candidates`), unless it streams. "against", optional: int64 (m,), the chat of what the answer
+    it best (`LlmSettings.candidates`), unless it streams. "spoken", optional: int32 (k,), mixed ids of a recording whose
+    words the answer should keep; the recogniser reads them where "text" is not told. "against", optional: int64 (m,), the chat of what the answer
     should not end up as, from which draws are guided away by `guidance`, the checkpoint's unless told; a guided answer
     counts as two. Parameters: the fields of SamplingSettings, all optional. Outputs "mixed" int32 (m,), whole groups;
     "attempts" int32 (); "collapsed" bool (), true when the last attempt still looped or found no end.
@@ -83,6 +85,8 @@ class LlmModel:
         """The draws of a request and the text that they should say."""
         try:
             settings, text = self._sampling(request), _text(request)
+            if self._choice and not text and "spoken" in request.inputs:
+                text = self._choice.read(_spoken(request))
             count = self._choice.count(text) if self._choice else 1
             if _against(request, settings) is not None:
                 count = max(1, count // 2)  # a guided answer is the work of two
@@ -210,6 +214,13 @@ def _text(request: InferenceRequest) -> str:
         return "".join(map(chr, np.asarray(request.inputs.get("text", [])).reshape(-1).tolist()))
     except (ValueError, OverflowError, TypeError) as error:
         raise UserError("The text is no list of Unicode code points.", "", "invalid_text") from error
+
+
+def _spoken(request: InferenceRequest) -> Codes:
+    """Whole groups of mixed ids. Raises UserError where they are none."""
+    mixed = np.asarray(request.inputs["spoken"], np.int32).reshape(-1)
+    split(mixed)
+    return mixed
 
 
 def _last(outcome: Outcome) -> Tensors:

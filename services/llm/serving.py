@@ -4,9 +4,14 @@ from shared.inference.repository import ModelSpec, Tensor
 
 SPEC = ModelSpec(
     name="llm",
-    inputs={"prompt": Tensor("INT64", (-1,)), "against": Tensor("INT64", (-1,)), "text": Tensor("INT32", (-1,))},
+    inputs={
+        "prompt": Tensor("INT64", (-1,)),
+        "against": Tensor("INT64", (-1,)),
+        "text": Tensor("INT32", (-1,)),
+        "spoken": Tensor("INT32", (-1,)),
+    },  # fmt: skip
     outputs={"mixed": Tensor("INT32", (-1,)), "attempts": Tensor("INT32", ()), "collapsed": Tensor("BOOL", ())},
-    optional=("against", "text"),
+    optional=("against", "text", "spoken"),
     streams=True,
     max_batch={"cpu": 1, "gpu": 1},
     delay_us=0,

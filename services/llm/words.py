@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from services.llm.requests import Outcome
-from shared.codes import GROUP, pairs_of
+from shared.codes import GROUP, Codes, pairs_of
 from shared.models.recognizer import Recognizer, letters
 from shared.schemas.request import SEED_MAX
 
@@ -39,6 +39,11 @@ class WordChoice:
     def count(self, text: str) -> int:
         """How many answers to draw for a text; one for a text that the recogniser cannot read."""
         return self._candidates if letters(text) else 1
+
+    @torch.inference_mode()
+    def read(self, mixed: Codes) -> str:
+        """What a recording's audio tokens (m,) say, as far as the recogniser can tell."""
+        return self._recognizer.read(*pairs_of([mixed]))[0] if len(mixed) >= GROUP else ""
 
     @torch.inference_mode()
     def best(self, outcomes: Sequence[Outcome], text: str) -> Outcome:

@@ -82,6 +82,15 @@ class Recognizer(nn.Module):
         out: Tensor = self.head(self.norm(x)).float().log_softmax(-1)
         return out
 
+    def read(self, pairs: Tensor, lengths: Tensor) -> list[str]:
+        """The likeliest letter of every frame of pairs (B, T, 2) with lengths (B,), as texts: blanks and repetitions
+        left out, no language known."""
+        texts = []
+        for frames, length in zip(self(pairs, lengths).argmax(-1), lengths.tolist(), strict=True):
+            said = torch.unique_consecutive(frames[:length]).tolist()
+            texts.append("".join(LETTERS[letter - 1] for letter in said if letter != BLANK).strip())
+        return texts
+
     def loss(self, pairs: Tensor, lengths: Tensor, texts: list[list[int]]) -> Tensor:
         """Minus the log likelihood per letter of texts (of `letters`, none empty), (B,) float32; at most WORST_LOSS."""
         counts = torch.tensor([len(text) for text in texts], device=pairs.device)

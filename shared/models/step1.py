@@ -116,7 +116,7 @@ class SelfAttention(nn.Module):
         if self.qkv_proj is None:
             return self.q_proj(x), self.k_proj(x), self.v_proj(x)
         both: Tensor = self.qkv_proj(x)
-        return both.split([both.shape[-1] - 2 * self.kv_size, self.kv_size, self.kv_size], -1)
+        return torch.split(both, [both.shape[-1] - 2 * self.kv_size, self.kv_size, self.kv_size], -1)
 
     def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor:
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.projected(x))

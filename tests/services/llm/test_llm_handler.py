@@ -102,6 +102,7 @@ def test_vad_starts_from_the_groups_outside_pauses_where_mel_and_tokens_are_one_
         (Edit(type="emotion", detail="happy"), "Well.", "Well."),
         (Edit(type="clone", target_text="So."), "Well.", "So."),
         (Edit(type="denoise"), None, None),
+        (Edit(type="denoise"), "Well.", "Well."),
     ],
 )
 def test_the_model_is_told_what_the_answer_should_say(edit: Edit, text: str | None, said: str | None) -> None:
@@ -111,6 +112,8 @@ def test_the_model_is_told_what_the_answer_should_say(edit: Edit, text: str | No
     _, inputs, _ = model.calls[0]
     told = "".join(map(chr, inputs["text"])) if "text" in inputs else None
     assert told == said
+    if said is None:
+        np.testing.assert_array_equal(inputs["spoken"], tokenized().mixed)
 
 
 @pytest.mark.parametrize(

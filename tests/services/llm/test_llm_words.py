@@ -105,6 +105,24 @@ def test_the_model_draws_as_many_as_the_checkpoint_says_and_gives_the_best(
     np.testing.assert_array_equal(answered(model, asked(7, TEXT))["mixed"], drawn[int(np.argmin(losses))])
 
 
+def test_where_no_text_is_told_the_best_says_what_the_recording_says(model: LlmModel, recognizer: Recognizer) -> None:
+    spoken = codes(12, 5)
+    text = WordChoice(recognizer, 4).read(spoken)
+    assert letters(text)
+    request = replace(asked(7), inputs={**asked(7).inputs, "spoken": spoken})
+    np.testing.assert_array_equal(answered(model, request)["mixed"], answered(model, asked(7, text))["mixed"])
+    told = replace(asked(7, TEXT), inputs={**asked(7, TEXT).inputs, "spoken": spoken})
+    np.testing.assert_array_equal(answered(model, told)["mixed"], answered(model, asked(7, TEXT))["mixed"])
+
+
+def test_a_recording_of_nothing_is_answered_once_and_a_wrong_one_refused(model: LlmModel) -> None:
+    empty = replace(asked(7), inputs={**asked(7).inputs, "spoken": np.zeros(0, np.int32)})
+    np.testing.assert_array_equal(answered(model, empty)["mixed"], answered(model, asked(7))["mixed"])
+    wrong = replace(asked(7), inputs={**asked(7).inputs, "spoken": np.zeros(5, np.int32)})
+    [refused] = model.infer([wrong])
+    assert isinstance(refused, UserError)
+
+
 def test_guided_answers_count_as_two(model: LlmModel, recognizer: Recognizer) -> None:
     def guided(seed: int, text: str | None = None) -> InferenceRequest:
         request = asked(seed, text, guidance=2)

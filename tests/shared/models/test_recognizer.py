@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from shared.codes import LINGUISTIC_PAD
-from shared.models.recognizer import LETTERS, WORST_LOSS, Recognizer, RecognizerConfig, letters
+from shared.models.recognizer import BLANK, LETTERS, WORST_LOSS, Recognizer, RecognizerConfig, letters
 
 TINY = RecognizerConfig(size=32, num_blocks=1, attention_heads=2, linear_units=48)
 
@@ -72,3 +72,14 @@ def test_it_learns_which_codes_say_what(model: Recognizer) -> None:
         right = model.loss(codes, lengths, texts)
         wrong = model.loss(codes, lengths, [*texts[1:], texts[0]])
     assert (right < wrong).all()
+
+
+def test_a_reading_is_the_likeliest_letters_without_blanks_and_repetitions(model: Recognizer) -> None:
+    both, lengths = pairs(30, 12)
+    alone = [model.read(both[row : row + 1, :length], lengths[row : row + 1])[0] for row, length in enumerate((30, 12))]
+    assert model.read(both, lengths) == alone
+    likeliest = model(both[1:, :12], lengths[1:])[0].argmax(-1).tolist()
+    letters_said = [
+        now for before, now in zip([BLANK, *likeliest], likeliest, strict=False) if now not in (before, BLANK)
+    ]
+    assert alone[1] == "".join(LETTERS[letter - 1] for letter in letters_said).strip()
