@@ -38,11 +38,12 @@ class LlmModel:
 
     Inputs "prompt": int64 (n,), a chat of shared.prompts as ids; "text", optional: int32 (k,), what the answer should
     say, as code points. With it a checkpoint that has a recogniser draws several answers and gives the one that says
-    it best (`LlmSettings.candidates`), unless it streams. "spoken", optional: int32 (k,), mixed ids of a recording whose
-    words the answer should keep; the recogniser reads them where "text" is not told. "against", optional: int64 (m,), the chat of what the answer
-    should not end up as, from which draws are guided away by `guidance`, the checkpoint's unless told; a guided answer
-    counts as two. Parameters: the fields of SamplingSettings, all optional. Outputs "mixed" int32 (m,), whole groups;
-    "attempts" int32 (); "collapsed" bool (), true when the last attempt still looped or found no end.
+    it best (`LlmSettings.candidates`), unless it streams. "spoken", optional: int32 (k,), mixed ids of a recording
+    whose words the answer should keep: the recogniser reads them where "text" is not told. "against", optional: int64
+    (m,), the chat of what the answer should not end up as, from which draws are guided away by `guidance`, the
+    checkpoint's unless told; a guided answer counts as two. Parameters: the fields of SamplingSettings, all optional.
+    Outputs "mixed" int32 (m,), whole groups; "attempts" int32 (); "collapsed" bool (), true when the last attempt still
+    looped or found no end.
     """
 
     name = "llm"

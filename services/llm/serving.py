@@ -9,7 +9,7 @@ SPEC = ModelSpec(
         "against": Tensor("INT64", (-1,)),
         "text": Tensor("INT32", (-1,)),
         "spoken": Tensor("INT32", (-1,)),
-    },  # fmt: skip
+    },
     outputs={"mixed": Tensor("INT32", (-1,)), "attempts": Tensor("INT32", ()), "collapsed": Tensor("BOOL", ())},
     optional=("against", "text", "spoken"),
     streams=True,
