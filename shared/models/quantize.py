@@ -56,7 +56,7 @@ class Int8Linear(nn.Module):
 class HalfLinear(nn.Module):
     """A bias-free linear layer with a float16 weight (out, in) for CPUs that compute in float32; x (..., in) float32.
 
-    FBGEMM widens the packed weight inside its product. Exact for bfloat16 weights above 6e-5 and below 65,504.
+    FBGEMM widens the packed weight inside its product. Weights of bfloat16 above 6e-5 and below 65,504 stay exact.
     """
 
     def __init__(self, weight: Tensor) -> None:

@@ -97,6 +97,17 @@ def test_a_wrong_setting_is_the_operator_s_error(checkpoint: Checkpoint, monkeyp
         LlmModel(checkpoint)
 
 
+def test_float16_weights_are_for_cpus_that_compute_in_float32(checkpoint: Checkpoint) -> None:
+    with pytest.raises(UserError, match="EDITX_LLM_QUANTIZE=half is for x86 CPUs"):
+        LlmModel(checkpoint, settings=LlmSettings(quantize="half", dtype="bfloat16"))
+    for quantize in ("auto", "half", "none"):
+        model = LlmModel(checkpoint, settings=LlmSettings(slots=2, context=1024, dtype="float32", quantize=quantize))  # type: ignore[arg-type]
+        [answer] = model.infer([request(checkpoint)])
+        model.close()
+        assert not isinstance(answer, Exception)
+        assert len(answer["mixed"]) >= 10
+
+
 def test_a_checkpoint_without_a_language_model_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(MissingComponent, match=r"config\.json"):
         LlmModel(Checkpoint.resolve(tmp_path))

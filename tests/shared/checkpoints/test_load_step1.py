@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from shared.checkpoints import Checkpoint, InvalidCheckpoint
 from shared.checkpoints.step1 import load_step1, load_text_tokenizer
 from shared.errors import MissingComponent
-from shared.models.quantize import Int8Linear
+from shared.models.quantize import HalfLinear, Int8Linear
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden" / "step1_small"
 
@@ -56,6 +56,17 @@ def test_int8_replaces_every_linear_layer_and_keeps_the_embedding(folder: Path) 
     assert not any(isinstance(module, torch.nn.Linear) for module in model.modules())
     assert sum(isinstance(module, Int8Linear) for module in model.modules()) == 3 * 7 + 1
     assert model.dtype == torch.bfloat16
+
+
+def test_float16_weights_are_joined_where_they_read_the_same_and_change_nothing_else(folder: Path) -> None:
+    rounded = {name: tensor.half().float() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(rounded, folder / "model.safetensors")
+    exact, packed = load(folder), load(folder, quantize="half")
+    assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
+    assert sum(isinstance(module, HalfLinear) for module in packed.modules()) == 3 * 4 + 1
+    ids = load_file(GOLDEN / "io.safetensors")["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(packed(ids), exact(ids), atol=1e-4, rtol=0)
 
 
 def rewrite(folder: Path, change: object) -> None:
