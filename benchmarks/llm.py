@@ -198,8 +198,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument(
         "--kinds", nargs="+", choices=["float32", "bfloat16", "half", "int8"],
-        help="Default: int8, and bfloat16 where the device has instructions for it, else float32 and half, which is "
-        "float32 with weights in float16.",
+        help="Default: int8, and bfloat16 where the device has instructions for it, else float32 and half (float32 "
+        "with weights in float16, where the CPU has the kernel).",
     )  # fmt: skip
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--contexts", nargs="+", type=int, default=[512, 2048, 8192])
@@ -213,8 +213,8 @@ def main() -> None:
     print(f"{options.layers} layers of 3072, {options.device}, {timed}")
     print(f"{'what':28} {'batch':>5} {'context':>7} {'ms':>10} {'tokens/s':>10} {'peak MiB':>9} {'32 layers':>12}")
     dtype = default_dtype(options.device)
-    usual = ["float32", "half", "int8"] if HalfLinear.works(dtype, options.device) else ["bfloat16", "int8"]
-    for kind in options.kinds or usual:
+    half = ["half"] if HalfLinear.works(dtype, options.device) else []
+    for kind in options.kinds or [str(dtype).removeprefix("torch."), *half, "int8"]:
         with torch.inference_mode():
             model = build(kind, options.layers, options.device, AUDIO_VOCAB)
             for context in options.contexts:

@@ -71,8 +71,11 @@ class HalfLinear(nn.Module):
 
     @classmethod
     def joined(cls, *layers: nn.Module) -> HalfLinear:
-        """One layer with the outputs of several, one after the other."""
-        return cls(torch.cat([layer.weight for layer in layers if isinstance(layer, cls)]))
+        """One layer with the outputs of several, one after the other. Raises TypeError for layers of another kind."""
+        packed = [layer for layer in layers if isinstance(layer, cls)]
+        if len(packed) < len(layers):
+            raise TypeError("only layers with float16 weights can be joined")
+        return cls(torch.cat([layer.weight for layer in packed]))
 
     @staticmethod
     def works(dtype: torch.dtype, device: torch.device | str) -> bool:

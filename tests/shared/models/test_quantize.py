@@ -67,6 +67,9 @@ def test_float16_weights_keep_all_that_bfloat16_ones_have() -> None:
     x = torch.randn(3, 200, 64)
     for rows in (1, 7, 200):
         torch.testing.assert_close(packed(x[:, :rows]), exact(x[:, :rows]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(HalfLinear.joined(packed, packed)(x), packed(x).repeat(1, 1, 2))
+    with pytest.raises(TypeError, match="float16 weights can be joined"):
+        HalfLinear.joined(packed, exact)
     assert HalfLinear.works(torch.float32, "cpu")
     assert not HalfLinear.works(torch.bfloat16, "cpu")
     assert not HalfLinear.works(torch.float32, "cuda")
