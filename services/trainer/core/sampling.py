@@ -45,6 +45,12 @@ def bounds_for(source_tokens: int, stretch: float, extra_groups: int) -> int:
     return int(source_tokens / GROUP * stretch) + extra_groups
 
 
+def keeps_shapes(device: torch.device) -> bool:
+    """Whether every step of drawing computes all rows over one span, as a GPU likes it: nothing is read back. A CPU
+    computes the rows that go on, each over its own length."""
+    return device.type != "cpu"
+
+
 @torch.inference_mode()
 def draw(
     model: Step1, prompts: Sequence[Ids], max_groups: Sequence[int], vocabulary: Vocabulary, *,
@@ -72,32 +78,41 @@ def _draw_together(
     generator: torch.Generator,
 ) -> list[Answer]:  # fmt: skip
     count, device = len(prompts), model.device
+    is_static = keeps_shapes(device)
     longest = max(len(p) + g * GROUP + 1 for p, g in zip(prompts, max_groups, strict=True))
     capacity = -(-(longest + 1) // STATIC_SPAN) * STATIC_SPAN
     cache = model.new_cache(slots=count, capacity=capacity, zeroed=True)
     hidden = _prefill(model, prompts, cache)
+    positions = torch.tensor([len(p) for p in prompts], device=device)
     limit = torch.tensor(max_groups, device=device)
     steps = max(max_groups) * GROUP
     tokens = torch.zeros(count, steps, dtype=torch.long, device=device)
     lengths = torch.zeros(count, dtype=torch.long, device=device)
     ended = torch.zeros(count, dtype=torch.bool, device=device)
     done = torch.zeros(count, dtype=torch.bool, device=device)
-    positions = torch.tensor([len(p) for p in prompts], device=device)
     furthest = max(len(p) for p in prompts)
+    live = torch.arange(count, device=device)  # rows that go on; all of them where shapes are kept
     for step in range(steps):
         picked, is_end = _pick(model, hidden, step, vocabulary, temperature, generator)
         if step % GROUP == 0:
-            over = step // GROUP >= limit
-            ended |= is_end & ~over & ~done
-            done |= is_end | over
+            over = step // GROUP >= limit[live]
+            ended[live] |= is_end & ~over & ~done[live]
+            done[live] |= is_end | over
             if bool(done.all()):
                 break
-        tokens[:, step] = picked
-        lengths += ~done
-        spare = torch.where(done, capacity - 1, positions)  # finished rows write where nobody reads
-        span = min(capacity, -(-(furthest + step + 1) // STATIC_SPAN) * STATIC_SPAN)
-        hidden = model.decode_static(picked + vocabulary.offset, spare, cache, span)
-        positions = torch.where(done, positions, positions + 1)
+            if not is_static:
+                going = ~done[live]
+                live, picked = live[going], picked[going]
+        tokens[live, step] = picked
+        lengths[live] += ~done[live]
+        ids = picked + vocabulary.offset
+        if not is_static:
+            hidden = model.decode(ids, cache, live.tolist())
+        else:
+            spare = torch.where(done, capacity - 1, positions)  # finished rows write where nobody reads
+            span = min(capacity, -(-(furthest + step + 1) // STATIC_SPAN) * STATIC_SPAN)
+            hidden = model.decode_static(ids, spare, cache, span)
+            positions = torch.where(done, positions, positions + 1)
     rows, kept, own = tokens.cpu().numpy(), lengths.tolist(), ended.tolist()
     return [Answer(rows[i, : kept[i]].astype(np.int32), own[i]) for i in range(count)]
 
@@ -125,7 +140,9 @@ def _pick(
     if temperature == 0:
         choice = logits.argmax(-1)
     else:
-        choice = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator).squeeze(-1)
+        edges = torch.softmax(logits / temperature, -1).cumsum(-1)
+        drawn = torch.rand(len(edges), 1, generator=generator, device=edges.device) * edges[:, -1:]
+        choice = torch.searchsorted(edges, drawn, right=True).squeeze(-1).clamp(max=edges.shape[1] - 1)
     return (choice + low).clamp(max=high - 1), choice == high - low
 
 

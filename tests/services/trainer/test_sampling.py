@@ -1,10 +1,12 @@
 """Drawing and log-probabilities are two sides of one policy."""
 
 import numpy as np
+import pytest
 import torch
 
+from services.trainer.core import sampling
 from services.trainer.core.sampling import Vocabulary, draw, log_probs, sequences
-from shared.codes import split
+from shared.codes import GROUP, LINGUISTIC_SIZE, split
 from tests.services.trainer.conftest import make_row
 
 
@@ -73,3 +75,32 @@ def test_rows_of_a_batch_score_alike_alone(fresh, tokenizer) -> None:
         together, _ = log_probs(model, batch, vocabulary)
         alone, _ = log_probs(model, batch.rows(torch.tensor([1])), vocabulary)
     torch.testing.assert_close(alone[0], together[1, : alone.shape[1]], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+def test_an_answer_is_the_one_drawn_alone_however_early_others_end(
+    fresh, tokenizer, monkeypatch: pytest.MonkeyPatch, is_static: bool
+) -> None:
+    monkeypatch.setattr(sampling, "keeps_shapes", lambda _: is_static)
+    model, vocabulary = fresh(), Vocabulary(tokenizer.audio_offset, tokenizer.eos)
+    prompts, limits = [np.array(tokenizer.encode_chat(make_row(i).turns()), np.int64) for i in range(4)], [1, 6, 3, 6]
+    together = draw(model, prompts, limits, vocabulary, temperature=0.0)
+    for prompt, limit, answer in zip(prompts, limits, together, strict=True):
+        [alone] = draw(model, [prompt], [limit], vocabulary, temperature=0.0)
+        np.testing.assert_array_equal(answer.mixed, alone.mixed)
+        assert answer.ended == alone.ended
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely(fresh, tokenizer) -> None:
+    model, vocabulary, draws = fresh(), Vocabulary(tokenizer.audio_offset, tokenizer.eos), 20_000
+    hidden = torch.randn(1, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    logits = sampling._logits(model, hidden, 0, LINGUISTIC_SIZE, True, vocabulary)[0]
+    temperature = float(logits.detach().std()) / 3  # some are far likelier than others
+    expected = torch.softmax(logits / temperature, -1)
+    picked, is_end = sampling._pick(model, hidden.expand(draws, -1), GROUP, vocabulary, temperature,
+                                    torch.Generator().manual_seed(0))  # fmt: skip
+    found = torch.bincount(torch.where(is_end, LINGUISTIC_SIZE, picked), minlength=LINGUISTIC_SIZE + 1) / draws
+    likeliest = expected.topk(8).indices
+    error = (expected * (1 - expected) / draws).sqrt()
+    assert bool(((found - expected).abs() < 5 * error + 1e-4)[likeliest].all())
+    assert float(expected[found == 0].max()) < 0.01
