@@ -44,42 +44,29 @@ class RoughGuidance:
 
     Before time `until`, what the estimator expects at the end takes over the rough mel's course along the mel bins, as
     a Gaussian of `width` bins sees it; what is finer, and every later step, is the estimator's own. (Iterative latent
-    variable refinement, arXiv 2108.02938.) In the lowest `pitch_bins` it takes over all of it, and less and less in
-    the next few: the first harmonics lie there, so F0 is the rough mel's. Frames do not mix, so a stream gives what
-    one pass gives.
+    variable refinement, arXiv 2108.02938.) Frames do not mix, so a stream gives what one pass gives.
     """
 
     width: float
     until: float
-    pitch_bins: int = 0
 
     def __post_init__(self) -> None:
-        if self.width <= 0 or not 0 < self.until < 1 or self.pitch_bins < 0:
-            raise ValueError(
-                f"rough guidance needs a width above 0, a time between 0 and 1 and no fewer than 0 bins, not {self}"
-            )
+        if self.width <= 0 or not 0 < self.until < 1:
+            raise ValueError(f"rough guidance needs a width above 0 and a time between 0 and 1, not {self}")
 
     def correction(self, guess: Tensor, expected: Tensor) -> Tensor:
         """What to add to a guess of the mel (B, T, C), given the expected one of the same shape."""
-        return (expected - guess) @ _smoothing(self, guess.shape[-1], guess.device)
-
-
-FADE_BINS = 8
-"""Above the lowest bins, until only their smooth course is taken over."""
+        return (expected - guess) @ _smoothing(self.width, guess.shape[-1], guess.device)
 
 
 @lru_cache(maxsize=8)
-def _smoothing(rough: RoughGuidance, bins: int, device: torch.device) -> Tensor:
-    """(bins, bins) float32, by which a mel is multiplied to smooth it along its bins, but for the lowest; the outermost
-    bins go on beyond the edge."""
-    width = rough.width
+def _smoothing(width: float, bins: int, device: torch.device) -> Tensor:
+    """(bins, bins) float32, by which a mel is multiplied to smooth it along its bins; the outermost bins go on beyond
+    the edge."""
     offsets = torch.arange(-math.ceil(4 * width), math.ceil(4 * width) + 1)
     weights = torch.exp(-0.5 * (offsets / width) ** 2)
     places = (torch.arange(bins)[:, None] + offsets).clamp(0, bins - 1)
     rows = torch.zeros(bins, bins).scatter_add_(1, places, (weights / weights.sum()).expand(bins, -1))
-    if rough.pitch_bins:
-        whole = ((rough.pitch_bins + FADE_BINS - torch.arange(bins)) / FADE_BINS).clamp(0, 1)[:, None]
-        rows = torch.lerp(rows, torch.eye(bins), whole)
     return rows.T.contiguous().to(device)
 
 

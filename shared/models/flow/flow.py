@@ -67,14 +67,10 @@ class FlowConfig:
             cfg_rate=float(decoder.get("inference_cfg_rate", cls.cfg_rate)),
             encoder=_pick(EncoderConfig, encoder),
             estimator=_pick(DiTConfig, decoder.get("estimator", {})),
-            rough=None if rough is None else _rough(rough),
+            rough=None if rough is None else RoughGuidance(float(rough["width"]), float(rough["until"])),
             longest_reference=None if longest is None else int(longest),
             voiced_rough=bool(section.get("voiced_rough", False)),
         )
-
-
-def _rough(section: Mapping[str, Any]) -> RoughGuidance:
-    return RoughGuidance(float(section["width"]), float(section["until"]), int(section.get("pitch_bins", 0)))
 
 
 def _pick(kind: type[Config], section: Mapping[str, Any]) -> Config:

@@ -76,35 +76,26 @@ def test_bfloat16_stays_near_float32(flow: Flow, golden: dict[str, Tensor]) -> N
     assert (sample(half, golden) - golden["mel"]).abs().mean() < 0.02
 
 
-def held_to_rough(config: dict[str, Any], flow: Flow, **dials: float) -> Flow:
+@pytest.fixture
+def held(config: dict[str, Any], flow: Flow) -> Flow:
     """The golden flow, held to its rough mel, which is moved to the reference's voice."""
     section = copy.deepcopy(config["flow"])
-    section["decoder"]["rough_guidance"] = {"width": 6, "until": 0.8} | dials
+    section["decoder"]["rough_guidance"] = {"width": 6, "until": 0.8}
     section["voiced_rough"] = True
     model = Flow(FlowConfig.from_dict(section)).eval()
     model.load_state_dict(flow.state_dict())
     return model
 
 
-@pytest.fixture
-def held(config: dict[str, Any], flow: Flow) -> Flow:
-    return held_to_rough(config, flow)
-
-
-def rough_mel(flow: Flow, golden: dict[str, Tensor]) -> Tensor:
-    """Of what follows the reference, moved to its voice, (T, 80)."""
-    with torch.inference_mode():
-        rough = flow.encode(golden["all_tokens"][None], torch.tensor([len(golden["all_tokens"])]))
-    given = len(golden["prompt_mel"])
-    shift = flow.shift(rough[:, :given], golden["prompt_mel"][None], torch.tensor([given]))
-    return (rough + shift)[0, given:]
-
-
 def test_rough_guidance_gives_the_mel_the_rough_mels_course_along_the_bins(
     flow: Flow, held: Flow, golden: dict[str, Tensor]
 ) -> None:
     """Measured: a quarter of the distance between coarse courses is left, of that between fine ones nearly all."""
-    rough = rough_mel(held, golden)
+    with torch.inference_mode():
+        rough = flow.encode(golden["all_tokens"][None], torch.tensor([len(golden["all_tokens"])]))
+    given = len(golden["prompt_mel"])
+    shift = held.shift(rough[:, :given], golden["prompt_mel"][None], torch.tensor([given]))
+    rough = (rough + shift)[0, given:]
 
     def coarse(mel: Tensor) -> Tensor:
         return mel.unflatten(-1, (5, 16)).mean(-1)
@@ -115,19 +106,6 @@ def test_rough_guidance_gives_the_mel_the_rough_mels_course_along_the_bins(
     free, bound = sample(flow, golden), sample(held, golden)
     assert (coarse(bound) - coarse(rough)).abs().mean() < 0.5 * (coarse(free) - coarse(rough)).abs().mean()
     assert (fine(bound) - fine(rough)).abs().mean() > 0.8 * (fine(free) - fine(rough)).abs().mean()
-
-
-def test_the_lowest_bins_can_be_held_to_the_rough_mel_one_by_one(
-    config: dict[str, Any], flow: Flow, held: Flow, golden: dict[str, Tensor]
-) -> None:
-    """Measured: an eighth of the distance is left in them, as in the step after the last that is held."""
-    pitched = held_to_rough(config, flow, pitch_bins=10)
-    rough = rough_mel(pitched, golden)
-    near, far = (
-        (sample(model, golden) - rough).abs().mean(0) for model in (pitched, held)
-    )
-    assert near[:10].mean() < 0.25 * far[:10].mean()
-    torch.testing.assert_close(near[30:].mean(), far[30:].mean(), rtol=0.1, atol=0)
 
 
 def test_the_rough_mel_is_moved_by_what_the_louder_frames_of_a_reference_have_more() -> None:
@@ -160,9 +138,7 @@ def test_rough_guidance_keeps_a_batch_equal_to_single_runs(held: Flow, golden: d
     torch.testing.assert_close(batch[1, : 2 * short], alone[0], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "dials", [{"width": 0, "until": 0.8}, {"width": 6, "until": 1.0}, {"width": 6, "until": 0.8, "pitch_bins": -1}]
-)
+@pytest.mark.parametrize("dials", [{"width": 0, "until": 0.8}, {"width": 6, "until": 1.0}])
 def test_rough_guidance_that_cannot_be_is_refused(config: dict[str, Any], dials: dict[str, float]) -> None:
     section = copy.deepcopy(config["flow"])
     section["decoder"]["rough_guidance"] = dials
