@@ -1,11 +1,10 @@
-"""Train the flow's encoder on to be understood, at its pitch: `python -m services.trainer.recipes.nano.heard`.
+"""Train the flow's encoder on to be understood: `python -m services.trainer.recipes.nano.heard`.
 
 The mean of all mels that a code may stand for lies nearest to the true one and is hard to understand. Here Whisper's
 encoder, which taught the tokenizers what the codes mean, hears the rough mel beside the true one; the distance between
 what it makes of them is trained down, beside the distance of the mels (a perceptual loss, arXiv 1603.08155). It hears
-our mels as they are: its own bins are nearly a linear function of ours. Beside it the vocoder reads F0 off both, since
-the mean of several harmonics is none. The estimator, whose mels would gain in naturalness and lose in words, stays as
-it is. Starts from `flow`, which it leaves alone. Needs `vocoder` and what `flow` does.
+our mels as they are: its own bins are nearly a linear function of ours. The estimator, whose mels would gain in
+naturalness and lose in words, stays as it is. Starts from `flow`, which it leaves alone. Needs what `flow` does.
 """
 
 from __future__ import annotations
@@ -20,22 +19,12 @@ from torch import Tensor
 
 from services.trainer.recipes.nano import flow as flows
 from services.trainer.recipes.nano.codes import Coded
-from services.trainer.recipes.nano.run import (
-    Optimizer,
-    Run,
-    begin,
-    cosine,
-    products,
-    set_lr,
-    trained,
-    training_options,
-)
+from services.trainer.recipes.nano.run import Optimizer, Run, begin, cosine, products, set_lr, training_options
 from services.trainer.recipes.nano.teacher import SAMPLE_RATE_HZ
 from services.trainer.recipes.nano.whisper import HIDDEN, WhisperEncoder
 from shared.audio.features import MelConfig, prompt_mel, whisper_log_mel
 from shared.models.flow.cfm import masked_error
 from shared.models.flow.flow import first_places
-from shared.models.spectral import F0Predictor, SpectralConfig, SpectralVocoder
 
 BINS = MelConfig().num_mels
 FITTED_ON = 300
@@ -51,8 +40,6 @@ class HeardRecipe:
     flow: flows.FlowRecipe
     weight: float = 2.0
     """Of what is heard beside the distance of the mels."""
-    pitch: float = 0.3
-    """Weight of the pitch that the vocoder reads."""
 
 
 CPU = HeardRecipe(
@@ -119,40 +106,13 @@ class Listener:
     def distance(self, mel: Tensor, true: Tensor, real: Tensor) -> Tensor:
         """Mean squared difference of the states, of the two layers together; mels (B, T, 80), of which the frames
         `real` (B, T) are heard -> scalar with gradients to `mel`."""
-        mel, true = (ended(one, real) for one in (mel, true))
+        mel, true = (torch.where(real[..., None], one, SILENCE) for one in (mel, true))
         with torch.no_grad():
             log = self._bins(true)
             loudest = log.amax((1, 2), keepdim=True)
             wanted = self._states(log, loudest)
         errors = (self._states(self._bins(mel), loudest) - wanted).square().mean(-1)
         return 2 * (errors * real).sum() / real.sum().clamp(min=1)
-
-
-def ended(mel: Tensor, real: Tensor) -> Tensor:
-    """A mel (B, T, 80) that is silent where its frames are not real (B, T)."""
-    return torch.where(real[..., None], mel, SILENCE)
-
-
-def pitch_reader(device: torch.device) -> F0Predictor:
-    """The trained vocoder's, frozen. Raises SystemExit where its run is missing."""
-    vocoder = SpectralVocoder(SpectralConfig())
-    trained("vocoder", "model", vocoder)
-    return vocoder.f0_predictor.requires_grad_(False).eval().to(device)
-
-
-def pitch_distance(reader: F0Predictor, mel: Tensor, true: Tensor, real: Tensor) -> Tensor:
-    """How much of the pitch read off the true mel is lost in a mel, nats: the divergence over pitches where the true
-    one is voiced, and of voicing; mels (B, T, 80), frames that count `real` (B, T) -> scalar with gradients to `mel`.
-    """
-    mel, true = (ended(one, real).transpose(1, 2) for one in (mel, true))
-    with torch.no_grad():
-        wanted, sounding = reader(true)
-        wanted, voiced = wanted.log_softmax(1), sounding.sigmoid()
-    pitches, voicing = reader(mel)
-    of_pitch = (wanted.exp() * (wanted - pitches.log_softmax(1))).sum(1)
-    of_voicing = F.binary_cross_entropy_with_logits(voicing, voiced, reduction="none")
-    of_voicing = of_voicing - F.binary_cross_entropy_with_logits(sounding, voiced, reduction="none")
-    return ((of_pitch * voiced + of_voicing) * real).sum() / real.sum().clamp(min=1)
 
 
 def main() -> None:
@@ -167,7 +127,7 @@ def main() -> None:
     parts = {"model": flow, "average": average, "optimizers": optimizer}
     run = Run("heard", parts, arguments.steps or recipe.flow.steps, arguments.minutes)
     batches = flows.Batches.of_data(recipe.flow)
-    listener, reader = Listener.of_readings(batches.coded, device), pitch_reader(device)
+    listener = Listener.of_readings(batches.coded, device)
     while run.going:
         pairs, lengths, mel, mel_lengths, _ = (x.to(device) for x in batches.draw(run.rng()))
         set_lr(optimizer, cosine(run.step, run.steps, recipe.flow.lr, recipe.flow.final_lr, warmup=30))
@@ -176,13 +136,12 @@ def main() -> None:
             real = first_places(torch.minimum(flow.frames_per_token * lengths, mel_lengths), rough.shape[1])
             prior = masked_error(rough, mel, real, flows.DIALS.norm)
             heard = listener.distance(rough, mel, real)
-            pitch = pitch_distance(reader, rough, mel, real)
         optimizer.zero_grad()
-        (prior + recipe.weight * heard + recipe.pitch * pitch).backward()
+        (prior + recipe.weight * heard).backward()
         torch.nn.utils.clip_grad_norm_(flow.parameters(), 2.0)
         optimizer.step()
         average.update_parameters(flow)
-        run.done_step({"prior": prior.detach(), "heard": heard.detach(), "pitch": pitch.detach()})
+        run.done_step({"prior": prior.detach(), "heard": heard.detach()})
 
 
 if __name__ == "__main__":

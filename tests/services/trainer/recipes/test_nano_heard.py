@@ -1,4 +1,4 @@
-"""What Whisper hears in mels, with an encoder of random weights, and the pitch that a vocoder reads off them."""
+"""What Whisper hears in mels, with an encoder of random weights."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from services.trainer.recipes.nano.heard import SILENCE, BinMap, Listener, pitch_distance
+from services.trainer.recipes.nano.heard import SILENCE, BinMap, Listener
 from services.trainer.recipes.nano.whisper import HIDDEN, LAYERS, WhisperEncoder
-from shared.models.spectral import F0Predictor, SpectralConfig
 
 BINS = 80
 FRAMES = 20
@@ -85,29 +84,3 @@ def test_what_lies_beyond_an_end_is_not_heard(listener: Listener) -> None:
     changed, other = made.clone(), true.clone()
     changed[:, 12:], other[:, 12:] = 3.0, SILENCE + 9
     torch.testing.assert_close(listener.distance(changed, other, real), first)
-
-
-@pytest.fixture(scope="module")
-def reader() -> F0Predictor:
-    torch.manual_seed(0)
-    return F0Predictor(SpectralConfig()).requires_grad_(False)
-
-
-def test_pitch_is_lost_in_a_mel_of_another_and_not_in_its_own(reader: F0Predictor) -> None:
-    true, everywhere = mels(), torch.ones(4, FRAMES, dtype=torch.bool)
-    assert float(pitch_distance(reader, true, true, everywhere)) == pytest.approx(0, abs=1e-6)
-    made = (true + 0.1 * mels(seed=1)).requires_grad_()
-    near = pitch_distance(reader, made, true, everywhere)
-    near.backward()
-    assert made.grad is not None
-    assert float(made.grad.abs().sum()) > 0
-    assert 0 < float(near.detach()) < float(pitch_distance(reader, mels(seed=2), true, everywhere))
-
-
-def test_pitch_beyond_an_end_does_not_count(reader: F0Predictor) -> None:
-    made, true = mels(seed=1), mels()
-    real = torch.arange(FRAMES).expand(4, -1) < 12
-    first = pitch_distance(reader, made, true, real)
-    changed, other = made.clone(), true.clone()
-    changed[:, 12:], other[:, 12:] = 3.0, SILENCE + 9
-    torch.testing.assert_close(pitch_distance(reader, changed, other, real), first)
