@@ -109,7 +109,8 @@ class Generated:
     """What the language model wrote.
 
     mixed (groups * 5,) audio tokens; the seed that gives them again; attempts made; seconds of audio; whether the last
-    attempt still collapsed into a loop; the reward model's score where one was asked for.
+    attempt still collapsed into a loop; the reward model's score where one was asked for; how much slower than its
+    tokens it should be said.
     """
 
     mixed: Codes
@@ -118,11 +119,12 @@ class Generated:
     seconds: float
     collapsed: bool
     score: float | None = None
+    stretch: float = 1.0
 
     def to_bytes(self) -> bytes:
         """The artifact as one blob."""
         facts = {"seed": self.seed, "attempts": self.attempts, "seconds": self.seconds, "collapsed": self.collapsed,
-                 "score": self.score}  # fmt: skip
+                 "score": self.score, "stretch": self.stretch}  # fmt: skip
         return _pack("generated", {"mixed": self.mixed.astype(np.int32)}, facts)
 
     @classmethod
@@ -130,6 +132,7 @@ class Generated:
         """The artifact in a blob; PoisonError where it is not one."""
         arrays, facts = _unpack("generated", blob)
         score = _fact("generated", facts, "score", (int, float, type(None)))
+        facts.setdefault("stretch", 1.0)  # of a step that ran before there was one
         return cls(
             mixed=_as("generated", arrays, "mixed", np.int32, (None,)),
             seed=_fact("generated", facts, "seed", (int,)),
@@ -137,4 +140,5 @@ class Generated:
             seconds=float(_fact("generated", facts, "seconds", (int, float))),
             collapsed=_fact("generated", facts, "collapsed", (bool,)),
             score=None if score is None else float(score),
+            stretch=float(_fact("generated", facts, "stretch", (int, float))),
         )

@@ -51,7 +51,10 @@ def answers() -> dict[str, Tensors]:
         "speaker_embedding": np.zeros(192, np.float32), "prompt_mel": np.zeros((24, 80), np.float32),
     }  # fmt: skip
     mixed = np.tile(np.array([0, 0, 1024, 1024, 1024], np.int32), GROUPS)
-    generated = {"mixed": mixed, "attempts": np.array(1, np.int32), "collapsed": np.array(False)}
+    generated = {
+        "mixed": mixed, "attempts": np.array(1, np.int32), "collapsed": np.array(False),
+        "stretch": np.array(1, np.float32),
+    }  # fmt: skip
     scores = {"scores": np.zeros(5 * GROUPS, np.float32), "score": np.array(0, np.float32)}
     return {
         "tokenizer": tokenized,

@@ -41,7 +41,9 @@ class DecodeHandler:
                 "prompt_mel": reference.prompt_mel,
                 "speaker_embedding": reference.speaker_embedding,
             },
-            parameters=given(steps=parameters["steps"], cfg=parameters["cfg"], seed=parameters["seed"]),
+            parameters=given(
+                steps=parameters["steps"], cfg=parameters["cfg"], seed=parameters["seed"], stretch=generated.stretch
+            ),
             deadline=step.deadline,
             cancelled=step.cancelled,
             priority=step.priority,

@@ -28,6 +28,7 @@ from services.decoder.streaming import (
     Voices,
     loudest_part,
     stretch_prompt_mel,
+    stretched,
     token_pairs,
 )
 from shared import telemetry
@@ -47,6 +48,7 @@ from shared.models.flow import flow_noise
 from shared.settings import from_environment
 
 MAX_STEPS, MAX_CFG, MAX_SEED = 1000, 100.0, 2**63
+STRETCHES = (0.5, 2.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +60,7 @@ class _Job:
     steps: int
     cfg_rate: float
     seed: int
+    stretch: float
     request: InferenceRequest
 
 
@@ -141,15 +144,16 @@ class DecoderModel:
         if not len(mixed):
             raise UserError("There are no audio tokens to decode.", "Send at least one group of five.", "no_tokens")
         reference = token_pairs(prompt).to(self.device)
-        stretched = stretch_prompt_mel(mel.to(self.device), len(reference), self.flow.frames_per_token)
+        fitted = stretch_prompt_mel(mel.to(self.device), len(reference), self.flow.frames_per_token)
         if sizes.longest_reference is not None:
-            reference, stretched = loudest_part(reference, stretched, sizes.longest_reference)
+            reference, fitted = loudest_part(reference, fitted, sizes.longest_reference)
         return _Job(
             torch.cat([reference, token_pairs(mixed).to(self.device)]),
-            Voice(reference, stretched, speaker.to(self.device)),
+            Voice(reference, fitted, speaker.to(self.device)),
             int(_number(request, "steps", 10, 1, MAX_STEPS)),
             _number(request, "cfg", self.flow.config.cfg_rate, 0, MAX_CFG),
             int(_number(request, "seed", 0, 0, MAX_SEED)),
+            _number(request, "stretch", 1.0, *STRETCHES),
             request,
         )
 
@@ -187,7 +191,11 @@ class DecoderModel:
                 before_step=partial(_refuse_all, [job.request for job in jobs]),
             )
         counts = lengths * rate - prompts
-        made = [mel[start : start + count] for mel, start, count in zip(mels, prompts, counts, strict=True)]
+        made = [
+            stretched(mel[start : start + count], job.stretch)
+            for mel, start, count, job in zip(mels, prompts, counts, jobs, strict=True)
+        ]
+        counts = torch.tensor([len(mel) for mel in made], device=device)
         with self._stage("vocoder"):
             mel = pad_sequence(made, batch_first=True).transpose(1, 2)
             waves = self.vocoder(mel, counts, [job.seed for job in jobs]).float().cpu().numpy()

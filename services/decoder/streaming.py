@@ -50,6 +50,14 @@ def stretch_prompt_mel(mel: Tensor, tokens: int, frames_per_token: int) -> Tenso
     return F.interpolate(mel.T[None], size=tokens * frames_per_token, mode="nearest")[0].T
 
 
+def stretched(mel: Tensor, factor: float) -> Tensor:
+    """A mel (frames, 80) said as much slower by `factor`, its pitch kept: (frames * factor, 80), at least one frame."""
+    if factor == 1.0:
+        return mel
+    frames = max(1, round(len(mel) * factor))
+    return F.interpolate(mel.T[None], size=frames, mode="linear", align_corners=False)[0].T
+
+
 def loudest_part(pairs: Tensor, mel: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     """The `longest` pairs of a reference (P, 2), and their frames of its mel, that are loudest on average: most of them
     are speech. Begins with a group; a shorter reference stays whole."""

@@ -38,6 +38,11 @@ def _plain(edit: Edit) -> Edit | None:
     return Edit(type="emotion", detail="remove") if is_manner else None
 
 
+def code_points(text: str) -> npt.NDArray[np.int32]:
+    """A text as a tensor of the model, (k,)."""
+    return np.array([ord(character) for character in text], np.int32)
+
+
 def _without_pauses(mixed: Codes, mel: npt.NDArray[np.float32]) -> Codes:
     """A recording's audio tokens without its pauses, as far as its mel tells them.
 
@@ -77,11 +82,13 @@ class GenerateHandler:
         seeds = [(int(parameters["seed"]) + number * SEED_STRIDE) % (SEED_MAX + 1) for number in range(count)]
         said = edit.target_text or parameters["text"] or ""
         if said:
-            inputs["text"] = np.array([ord(character) for character in said], np.int32)
-        else:
+            inputs["text"] = code_points(said)
+        plain = _plain(edit)
+        if plain or not said:
             inputs["spoken"] = mixed[: groups * GROUP]
-        if plain := _plain(edit):
+        if plain:
             inputs["against"] = self._prompt(plain, parameters["text"], mixed)
+            inputs["manner"] = code_points(f"{edit.type}/{edit.detail}")
         found = self._generate_all(step, inputs, seeds, limits)
         names = [GENERATED] if count == 1 else [candidate(number) for number in range(count)]
         for name, generated in zip(names, found, strict=True):
@@ -122,10 +129,12 @@ class GenerateHandler:
         mixed = answer["mixed"].astype(np.int32)
         if len(mixed) < GROUP:
             raise PermanentError("The language model wrote no audio.", "Try another seed.", "no_audio_generated")
+        stretch = float(answer["stretch"].reshape(-1)[0])
         return Generated(
             mixed=mixed,
             seed=seed,
             attempts=int(answer["attempts"].reshape(-1)[0]),
-            seconds=len(mixed) // GROUP * GROUP_S,
+            seconds=len(mixed) // GROUP * GROUP_S * stretch,
             collapsed=bool(answer["collapsed"].reshape(-1)[0]),
+            stretch=stretch,
         )

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from services.llm.choice import AskedManner, Choice, Chosen, seeds
 from services.llm.engine import Engine
 from services.llm.requests import EngineSettings, Generation, GenerationEngine, Outcome
 from services.llm.sampling import SamplingSettings
 from services.llm.settings import LlmSettings
-from services.llm.words import WordChoice, seeds
 from shared.checkpoints import Checkpoint
+from shared.checkpoints.prosody import load_prosody
 from shared.checkpoints.recognizer import load_recognizer
 from shared.checkpoints.step1 import Quantize, load_config, load_step1, load_text_tokenizer
 from shared.checkpoints.weights import default_dtype
@@ -41,9 +43,12 @@ class LlmModel:
     it best (`LlmSettings.candidates`), unless it streams. "spoken", optional: int32 (k,), mixed ids of a recording
     whose words the answer should keep: the recogniser reads them where "text" is not told. "against", optional: int64
     (m,), the chat of what the answer should not end up as, from which draws are guided away by `guidance`, the
-    checkpoint's unless told; a guided answer counts as two. Parameters: the fields of SamplingSettings, all optional.
+    checkpoint's unless told; a guided answer counts as two. "manner", optional: int32 (k,), code points of a manner
+    such as "emotion/happy", which counts in the choice beside the words where the checkpoint says what it changes of
+    "spoken". Parameters: the fields of SamplingSettings, all optional.
     Outputs "mixed" int32 (m,), whole groups; "attempts" int32 (); "collapsed" bool (), true when the last attempt still
-    looped or found no end.
+    looped or found no end; "stretch" float32 (), how much slower than its tokens the answer to a known manner should be
+    said, 1 of any other.
     """
 
     name = "llm"
@@ -62,12 +67,17 @@ class LlmModel:
             self._defaults["temperature"] = metadata.temperature
         candidates = chosen.candidates or metadata.candidates
         reads = candidates > 1 and checkpoint.has_recognizer
-        self._choice = WordChoice(load_recognizer(checkpoint), candidates) if reads else None
+        prosody = partial(load_prosody, checkpoint)
+        self._choice = Choice(load_recognizer(checkpoint), candidates, prosody) if reads else None
+        self._manners = {name: np.array(change) for name, change in metadata.manners.items()}
 
     def infer(self, requests: Sequence[InferenceRequest]) -> list[Tensors | Exception]:
         """One answer per request; they run side by side and need not be alike in anything."""
         submitted = [self._submitted(request) for request in requests]
-        return [one if isinstance(one, Exception) else self._answer(*one) for one in submitted]
+        return [
+            one if isinstance(one, Exception) else self._answer(*one, request)
+            for one, request in zip(submitted, requests, strict=True)
+        ]
 
     def stream(self, request: InferenceRequest) -> Iterator[Tensors]:
         """The tokens in pieces of whole groups, each as soon as it is drawn; "collapsed" is true in the last at most.
@@ -96,6 +106,11 @@ class LlmModel:
         except Exception as error:
             return error
 
+    def _manner(self, request: InferenceRequest) -> AskedManner | None:
+        """The manner that is asked for, where it is known what it changes."""
+        change = self._manners.get(_text(request, "manner"))
+        return None if change is None or "spoken" not in request.inputs else AskedManner(_spoken(request), change)
+
     def _sampling(self, request: InferenceRequest) -> SamplingSettings:
         return sampling_settings({**self._defaults, **request.parameters})
 
@@ -117,15 +132,16 @@ class LlmModel:
             raise
         return generations
 
-    def _answer(self, generations: Sequence[Generation], text: str) -> Tensors | Exception:
+    def _answer(self, generations: Sequence[Generation], text: str, request: InferenceRequest) -> Tensors | Exception:
         try:
             outcomes = [generation.result() for generation in generations]
-            outcome = self._choice.best(outcomes, text) if self._choice else outcomes[0]
+            chosen = self._choice.best(outcomes, text, self._manner(request)) if self._choice else Chosen(outcomes[0])
         except Exception as error:
             for generation in generations:
                 generation.cancel()
             return error
-        return _tensors(outcome.mixed, outcome.attempts, outcome.collapse is not None)
+        outcome = chosen.outcome
+        return _tensors(outcome.mixed, outcome.attempts, outcome.collapse is not None, chosen.stretch)
 
 
 def _builtin_engine(checkpoint: Checkpoint, device: str, chosen: LlmSettings) -> GenerationEngine:
@@ -209,12 +225,12 @@ def _against(request: InferenceRequest, settings: SamplingSettings) -> npt.NDArr
     return _ids(request, "against") if settings.guidance and "against" in request.inputs else None
 
 
-def _text(request: InferenceRequest) -> str:
-    """What the answer should say; empty where the request does not tell. Raises UserError."""
+def _text(request: InferenceRequest, name: str = "text") -> str:
+    """A text of the request, by default what the answer should say; empty where there is none. Raises UserError."""
     try:
-        return "".join(map(chr, np.asarray(request.inputs.get("text", [])).reshape(-1).tolist()))
+        return "".join(map(chr, np.asarray(request.inputs.get(name, [])).reshape(-1).tolist()))
     except (ValueError, OverflowError, TypeError) as error:
-        raise UserError("The text is no list of Unicode code points.", "", "invalid_text") from error
+        raise UserError(f"The {name} is no list of Unicode code points.", "", "invalid_text") from error
 
 
 def _spoken(request: InferenceRequest) -> Codes:
@@ -228,5 +244,10 @@ def _last(outcome: Outcome) -> Tensors:
     return _tensors(np.zeros(0, dtype=np.int32), outcome.attempts, outcome.collapse is not None)
 
 
-def _tensors(mixed: np.ndarray[Any, Any], attempts: int, collapsed: bool) -> Tensors:
-    return {"mixed": mixed, "attempts": np.array(attempts, dtype=np.int32), "collapsed": np.array(collapsed)}
+def _tensors(mixed: np.ndarray[Any, Any], attempts: int, collapsed: bool, stretch: float = 1.0) -> Tensors:
+    return {
+        "mixed": mixed,
+        "attempts": np.array(attempts, dtype=np.int32),
+        "collapsed": np.array(collapsed),
+        "stretch": np.array(stretch, dtype=np.float32),
+    }

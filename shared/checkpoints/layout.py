@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -83,7 +83,9 @@ class Metadata(BaseModel):
     ``trim_before_mel`` says that the flow learned from reference mels cut like their codes; the official one did not.
     ``temperature`` is what the language model's tokens are best drawn at; None leaves the usual 0.7. ``candidates`` is
     how many answers to draw where the recogniser, if there is one, can tell which says its text best. ``guidance`` is
-    how far the draws of an edit of the manner go away from the same said plainly.
+    how far the draws of an edit of the manner go away from the same said plainly. ``manners`` is what each manner, such
+    as ``emotion/happy``, changes on average in what training read (``shared.models.prosody.MEASURES``), by which that
+    answer is chosen which says its text and shows its manner best.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -95,6 +97,7 @@ class Metadata(BaseModel):
     temperature: float | None = Field(default=None, ge=0.0, le=2.0)
     candidates: int = Field(default=1, ge=1, le=32)
     guidance: float = Field(default=0.0, ge=0.0, le=10.0)
+    manners: dict[str, Annotated[tuple[float, ...], Field(min_length=5, max_length=5)]] = {}
 
     def knows(self, edit_type: str, detail: str | None = None) -> bool:
         """Whether this checkpoint was trained on an edit type (and detail, such as ``emotion`` and ``happy``).

@@ -27,12 +27,15 @@ def test_a_tokenized_recording_survives():
     assert found.duration_s == 0.25
 
 
-@given(st.integers(0, 2**63 - 1), st.integers(1, 9), st.booleans(), st.none() | st.floats(-5, 5))
-def test_generated_tokens_survive(seed, attempts, collapsed, score):
+@given(
+    st.integers(0, 2**63 - 1), st.integers(1, 9), st.booleans(), st.none() | st.floats(-5, 5), st.floats(0.5, 2)
+)  # fmt: skip
+def test_generated_tokens_survive(seed, attempts, collapsed, score, stretch):
     mixed = np.array([1, 2, 1031, 1032, 1033], np.int32)
-    found = Generated.from_bytes(Generated(mixed, seed, attempts, 0.12, collapsed, score).to_bytes())
+    found = Generated.from_bytes(Generated(mixed, seed, attempts, 0.12, collapsed, score, stretch).to_bytes())
     assert found.mixed.tolist() == mixed.tolist()
     assert (found.seed, found.attempts, found.collapsed, found.score) == (seed, attempts, collapsed, score)
+    assert found.stretch == stretch
 
 
 def test_the_same_artifact_has_the_same_bytes():

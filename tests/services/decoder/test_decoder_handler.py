@@ -17,7 +17,7 @@ SOUND = (0.1 * np.sin(np.arange(24_000) / 20)).astype(np.float32)
 
 def step(form: str = "wav") -> FakeStep:
     request = JobRequest.model_validate({"edit": Edit(type="denoise"), "format": form, "seed": 3})
-    generated = Generated(tokenized(5).mixed, seed=3, attempts=1, seconds=0.6, collapsed=False)
+    generated = Generated(tokenized(5).mixed, seed=3, attempts=1, seconds=0.6, collapsed=False, stretch=1.2)
     return FakeStep(request, 2, {"generated": generated.to_bytes(), "tokens": tokenized(8).to_bytes()})
 
 
@@ -27,7 +27,7 @@ def test_tokens_and_their_reference_become_audio() -> None:
     audio = read_audio(asked.written["audio.wav"])
     assert (audio.sample_rate_hz, len(audio.samples)) == (24_000, 24_000)
     [(model, inputs, parameters)] = inference.calls
-    assert (model, parameters["steps"], parameters["seed"]) == ("decoder", 10, 3)
+    assert (model, parameters["steps"], parameters["seed"], parameters["stretch"]) == ("decoder", 10, 3, 1.2)
     assert (len(inputs["mixed"]), len(inputs["prompt_mixed"])) == (25, 40)
     assert inputs["prompt_mel"].shape == (48, 80)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from services.decoder import model as module
 from services.decoder.model import DecoderModel, _batches
 from services.decoder.settings import DecoderSettings
-from services.decoder.streaming import stretch_prompt_mel
+from services.decoder.streaming import stretch_prompt_mel, stretched
 from shared.errors import UserError
 from shared.inference.port import DeadlineExceeded, InferenceRequest, InferenceUnavailable, RequestCancelled
 from tests.services.decoder.conftest import GOLDEN
@@ -60,6 +60,27 @@ def test_the_seed_decides_the_audio(model: DecoderModel, asked: InferenceRequest
     assert not np.allclose(first, other)
 
 
+def test_a_result_is_said_slower_or_faster_by_as_much_as_is_asked_alone_and_in_a_batch(
+    model: DecoderModel, asked: InferenceRequest
+) -> None:
+    requests = [changed(asked, stretch=factor) for factor in (1.0, 0.8, 1.25)]
+    plain, faster, slower = (audio(answer) for answer in model.infer(requests))
+    frames = len(plain) // 480
+    assert (len(faster), len(slower)) == (round(frames * 0.8) * 480, round(frames * 1.25) * 480)
+    np.testing.assert_allclose(plain, audio(model.infer([asked])[0]), atol=1e-4)
+    np.testing.assert_allclose(slower, audio(model.infer(requests[2:])[0]), atol=1e-4)
+
+
+def test_a_stretched_mel_keeps_its_values_and_one_frame_at_least() -> None:
+    mel = torch.arange(10.0)[:, None].expand(10, 80)
+    slower = stretched(mel, 2.0)
+    assert slower.shape == (20, 80)
+    assert (slower.diff(dim=0) >= 0).all()
+    assert (slower.min(), slower.max()) == (0, 9)
+    assert stretched(mel, 1.0) is mel
+    assert stretched(mel[:1], 0.5).shape == (1, 80)
+
+
 def test_the_loudest_part_of_a_reference_is_read_where_the_flow_wants_no_more(
     model: DecoderModel, asked: InferenceRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,6 +117,7 @@ def test_a_reference_of_nothing_leaves_the_voice_to_the_embedding(model: Decoder
         ({"speaker_embedding": np.zeros(191, np.float32)}, {}, "speaker_embedding has 191"),
         ({}, {"steps": 0}, "steps is 0"),
         ({}, {"cfg": "loud"}, "cfg is 'loud'"),
+        ({}, {"stretch": 3}, "stretch is 3"),
         ({"mixed": np.tile([0, 0, 1024, 1024, 1024], 6000)}, {}, "the limit is 600 s"),
     ],
 )

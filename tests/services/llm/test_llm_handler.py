@@ -30,7 +30,7 @@ def encode(turns: object) -> list[int]:
 def write(inputs: Tensors, parameters: Parameters) -> Tensors:
     groups = int(parameters["seed"]) % 7 + 1
     mixed = interleave(np.zeros(groups * 2, np.int32), np.ones(groups * 3, np.int32))
-    return {"mixed": mixed, "attempts": np.array([2]), "collapsed": np.array([False])}
+    return {"mixed": mixed, "attempts": np.array([2]), "collapsed": np.array([False]), "stretch": np.array([1.25])}
 
 
 def test_one_candidate_is_written_as_the_result() -> None:
@@ -40,7 +40,8 @@ def test_one_candidate_is_written_as_the_result() -> None:
     assert list(step.written) == ["generated.safetensors"]
     generated = Generated.from_bytes(step.written["generated.safetensors"])
     assert (generated.seed, generated.attempts, generated.collapsed) == (5, 2, False)
-    assert generated.seconds == pytest.approx(len(generated.mixed) // GROUP * 0.12)
+    assert generated.stretch == 1.25
+    assert generated.seconds == pytest.approx(len(generated.mixed) // GROUP * 0.12 * 1.25)
     [(model, inputs, parameters)] = inference.calls
     assert model == "llm"
     assert inputs["prompt"].tolist() == [1, 2, 3]
@@ -112,8 +113,12 @@ def test_the_model_is_told_what_the_answer_should_say(edit: Edit, text: str | No
     _, inputs, _ = model.calls[0]
     told = "".join(map(chr, inputs["text"])) if "text" in inputs else None
     assert told == said
-    if said is None:
+    assert ("manner" in inputs) == (edit.type == "emotion")
+    assert ("spoken" in inputs) == (said is None or "manner" in inputs)
+    if "spoken" in inputs:
         np.testing.assert_array_equal(inputs["spoken"], tokenized().mixed)
+    if "manner" in inputs:
+        assert "".join(map(chr, inputs["manner"])) == "emotion/happy"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from services.trainer.data import paralinguistic_sounds
-from services.trainer.recipes.nano import flow, linguistic, llm, recognizer, semantic, speaker, teacher, text_tokenizer
+from services.trainer.recipes.nano import (
+    flow,
+    linguistic,
+    llm,
+    manner,
+    recognizer,
+    semantic,
+    speaker,
+    teacher,
+    text_tokenizer,
+)
 from services.trainer.recipes.nano.run import TRAINED, Run, last_trained, trained
 from shared.checkpoints import manifest
 from shared.checkpoints.export import export_semantic_onnx, export_speaker_onnx, save_linguistic
@@ -37,7 +47,7 @@ from shared.models.spectral import SpectralConfig, SpectralVocoder
 from shared.models.step1 import Step1
 from shared.prompts import TextTokenizer
 
-VERSION = "0.11.0"
+VERSION = "0.12.0"
 SPEAKER_FILE = Path(EDITX_FOLDER) / DECODER_FOLDER / "campplus.onnx"
 TOKENIZERS = ("linguistic", "semantic", "speaker")
 TEMPERATURE = 0.2
@@ -75,7 +85,7 @@ def write_language_model(folder: Path) -> None:
     tokenizer = text_tokenizer.tokenizer_file()
     recipe = llm.GPU
     model = Step1(llm.config(recipe, TextTokenizer.from_file(tokenizer).vocab_size))
-    trained(last_trained("llm", "words"), "model", model)
+    trained(last_trained("llm", "words", "manner"), "model", model)
     (folder / "config.json").write_text(model.config.to_json())
     save_file(halved(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(tokenizer, folder / "tokenizer.model")
@@ -172,6 +182,7 @@ def main() -> None:
         "temperature": TEMPERATURE,
         "candidates": CANDIDATES,
         "guidance": GUIDANCE,
+        "manners": json.loads(manner.changes_file().read_text()) if manner.changes_file().exists() else {},
         "steps": steps,
     }
     (root / "editx.json").write_text(json.dumps(document, indent=2) + "\n")

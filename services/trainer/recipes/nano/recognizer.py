@@ -1,6 +1,6 @@
 """Train the recogniser: codes to letters, by CTC. `python -m services.trainer.recipes.nano.recognizer`.
 
-It tells which of several answers of the language model says its text best (services.llm.words). Its layers start as the
+It tells which of several answers of a language model says its text best (services.llm.choice). Its layers start as the
 flow's, which know already what codes sound like. English readings only: `plain`, the corpus and, where they are there,
 its other speeds. Some codes are others, since a language model's answers hold such. Needs `plain`, `codes` and `flow`.
 """

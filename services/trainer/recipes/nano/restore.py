@@ -2,8 +2,9 @@
 `python -m services.trainer.recipes.nano.restore models/nano`.
 
 The tokenizers stay as they are, since everything else was trained on their codes; `codes` and `plain` take them from
-the checkpoint with `--checkpoint`. Optimizers start anew. A run that is there is left alone. What `words` and `heard`
-made of `llm` and `flow` stands in their runs and in those that they start from: to train these on, remove the others.
+the checkpoint with `--checkpoint`. Optimizers start anew. A run that is there is left alone. What `words`,
+`manner` and `heard` made of `llm` and `flow` stands in their runs and in those that they start from: to train these on,
+remove the others.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from services.trainer.recipes.nano import assets
+from services.trainer.recipes.nano import assets, manner
 from shared.checkpoints.layout import Checkpoint
 
 
@@ -35,20 +36,24 @@ def write_run(name: str, parts: dict[str, dict[str, Tensor]], step: int) -> None
 def restore(root: str | Path) -> None:
     """Write the runs of a checkpoint of this recipe. Raises UserError for one that is not complete."""
     checkpoint = Checkpoint.resolve(root)
-    steps = json.loads((checkpoint.root / "editx.json").read_text())["steps"]
+    metadata = json.loads((checkpoint.root / "editx.json").read_text())
+    steps = metadata["steps"]
     text = assets.data_dir() / "runs" / "text" / "tokenizer.model"
     text.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(checkpoint.text_tokenizer_file, text)
     flow = _weights(checkpoint.flow_file)
     average = {f"module.{key}": value.clone() for key, value in flow.items()}
     language_model = {"model": _weights(checkpoint.step1_dir / "model.safetensors")}
-    for name in ("llm", "words"):
+    for name in ("llm", "words", "manner"):
         if steps.get(name):
             write_run(name, language_model, steps[name])
     for name in ("flow", "heard"):
         if steps.get(name):
             counted = average | {"n_averaged": torch.tensor(steps[name])}
             write_run(name, {"model": flow, "average": counted}, steps[name])
+    if changes := metadata.get("manners"):
+        manner.changes_file().parent.mkdir(parents=True, exist_ok=True)
+        manner.changes_file().write_text(json.dumps(changes))
     write_run("vocoder", {"model": _weights(checkpoint.vocoder_file)}, steps["vocoder"])
     if checkpoint.has_recognizer:
         write_run("recognizer", {"model": _weights(checkpoint.recognizer_file)}, steps["recognizer"])

@@ -1,5 +1,6 @@
-"""Several answers and the choice among them by their words."""
+"""Several answers and the choice among them by their words and their manner."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 
+from services.llm.choice import LONGEST_STRETCH, MANNER_COST, AskedManner, Choice, Chosen, seeds
 from services.llm.model import LlmModel
 from services.llm.requests import Collapse, Outcome
 from services.llm.settings import LlmSettings
-from services.llm.words import WordChoice, seeds
 from shared.checkpoints import Checkpoint
 from shared.checkpoints.layout import RECOGNIZER_FILE
 from shared.checkpoints.recognizer import save_recognizer
 from shared.codes import interleave, time_align
 from shared.errors import UserError
 from shared.inference.port import InferenceRequest, Tensors
+from shared.models.prosody import AIMS, SCALES, Prosody
 from shared.models.recognizer import Recognizer, RecognizerConfig, letters
 from shared.schemas.request import SEED_MAX
 
@@ -71,6 +73,10 @@ def answered(model: LlmModel, request: InferenceRequest) -> Tensors:
     return answer
 
 
+def unasked() -> Prosody:
+    raise AssertionError("no manner is asked for")
+
+
 def loss(recognizer: Recognizer, mixed: np.ndarray) -> float:
     pairs = time_align(torch.from_numpy(mixed).long())[None]
     with torch.inference_mode():
@@ -86,15 +92,70 @@ def test_the_first_seed_is_the_requests_own_and_all_are_in_range() -> None:
 
 def test_the_likeliest_answer_is_kept(recognizer: Recognizer) -> None:
     outcomes = [outcome(seed) for seed in range(5)]
-    best = WordChoice(recognizer, 5).best(outcomes, TEXT)
+    best, stretch = Choice(recognizer, 5, unasked).best(outcomes, TEXT)
+    assert stretch == 1
     assert loss(recognizer, best.mixed) == min(loss(recognizer, one.mixed) for one in outcomes)
 
 
+def test_a_manner_counts_beside_the_words(recognizer: Recognizer) -> None:
+    outcomes = [outcome(seed) for seed in range(3)]
+    losses = np.array([loss(recognizer, one.mixed) for one in outcomes])
+    source, change = np.array([5.0, 2.0, 4.0, -6.0, 0.7]), SCALES / AIMS
+    measures = np.stack([source, source, source, source])
+    worst = int(losses.argmax())
+    measures[1 + worst] += SCALES
+    made: list[int] = []
+
+    def prosody() -> Prosody:
+        made.append(1)
+        return lambda answers: measures[: len(answers)]  # type: ignore[return-value]
+
+    choice = Choice(recognizer, 3, prosody)
+    asked_for = AskedManner(codes(9, 20), change)
+    assert np.ptp(losses) < MANNER_COST, "else the words decide here"
+    assert [choice.best(outcomes, TEXT, asked_for).outcome for _ in range(2)] == [outcomes[worst]] * 2
+    assert made == [1], "what measures is made once, when it is needed"
+    best = outcomes[int(losses.argmin())]
+    assert choice.best(outcomes, TEXT, replace(asked_for, source=codes(0, 20))) == (best, 1.0)
+
+
+def test_what_is_missing_of_a_manners_pace_is_told(recognizer: Recognizer) -> None:
+    said = np.array([[5.0, 2.0, 4.0, -6.0, 0.7], [5.0, 2.0, 4.1, -6.0, 0.7]])
+    choice = Choice(recognizer, 1, lambda: lambda _: said)  # type: ignore[arg-type,return-value]
+    for change, factor in ((0.2, np.exp(0.1)), (-0.1, np.exp(-0.2)), (1.0, np.exp(LONGEST_STRETCH))):
+        asked_for = AskedManner(codes(9, 20), np.array([0.0, 0.0, change, 0.0, 0.0]))
+        assert choice.best([outcome(1)], TEXT, asked_for).stretch == pytest.approx(factor)
+
+
+def test_the_checkpoint_says_which_manners_are_measured(
+    reading: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "measured"
+    shutil.copytree(reading.root, folder)
+    (folder / "editx.json").write_text(
+        json.dumps({"name": "tiny", "candidates": 2, "manners": {"emotion/sad": [1.0] * 5}})
+    )
+    seen: list[AskedManner | None] = []
+    monkeypatch.setattr(Choice, "best", lambda _, outcomes, __, manner: seen.append(manner) or Chosen(outcomes[0], 1.5))
+    model = LlmModel(Checkpoint.resolve(folder), settings=LlmSettings(slots=4, context=1024, dtype="float32"))
+    spoken = codes(12, 5)
+    for manner, source in (("emotion/sad", spoken), ("emotion/happy", spoken), ("emotion/sad", None)):
+        request = asked(7, TEXT)
+        inputs = request.inputs | {"manner": np.array([ord(character) for character in manner], np.int32)}
+        answer = answered(model, replace(request, inputs=inputs if source is None else inputs | {"spoken": source}))
+        assert float(answer["stretch"]) == 1.5
+    model.close()
+    assert [one is not None for one in seen] == [True, False, False]
+    assert seen[0] is not None
+    np.testing.assert_array_equal(seen[0].source, spoken)
+    np.testing.assert_array_equal(seen[0].change, np.ones(5))
+
+
 def test_an_answer_that_collapsed_is_kept_only_where_all_did(recognizer: Recognizer) -> None:
-    choice = WordChoice(recognizer, 3)
+    choice = Choice(recognizer, 3, unasked)
     sound = outcome(1)
-    assert choice.best([outcome(0, "loop"), sound, outcome(2, "no_end")], TEXT) is sound
-    assert choice.best([outcome(0, "loop"), outcome(2, "loop")], TEXT).collapse == "loop"
+    assert choice.best([outcome(0, "loop"), sound, outcome(2, "no_end")], TEXT).outcome is sound
+    assert choice.best([outcome(0, "loop"), outcome(2, "loop")], TEXT).outcome.collapse == "loop"
 
 
 def test_the_model_draws_as_many_as_the_checkpoint_says_and_gives_the_best(
@@ -107,7 +168,7 @@ def test_the_model_draws_as_many_as_the_checkpoint_says_and_gives_the_best(
 
 def test_where_no_text_is_told_the_best_says_what_the_recording_says(model: LlmModel, recognizer: Recognizer) -> None:
     spoken = codes(12, 5)
-    text = WordChoice(recognizer, 4).read(spoken)
+    text = Choice(recognizer, 4, unasked).read(spoken)
     assert letters(text)
     request = replace(asked(7), inputs={**asked(7).inputs, "spoken": spoken})
     np.testing.assert_array_equal(answered(model, request)["mixed"], answered(model, asked(7, text))["mixed"])
