@@ -7,9 +7,8 @@ agree exactly, so importance ratios start at 1. Knows nothing about rewards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +22,6 @@ from shared.models.step1_attention import KVCache
 
 Ids = npt.NDArray[np.int64]
 STATIC_SPAN = 512
-LIKELY = 7.0
-"""Nats below the likeliest token that a guided draw may still take, as where answers are served."""
 
 
 @dataclass(frozen=True)
@@ -54,33 +51,14 @@ def keeps_shapes(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-@dataclass(frozen=True, eq=False)
-class Guidance:
-    """Draws go away from other prompts, one for each, by `scale` (classifier-free guidance, arXiv 2306.17806): a token
-    is likelier by how much likelier it is after its prompt than after the other."""
-
-    others: Sequence[Ids]
-    scale: float
-
-    def of(self, chosen: Sequence[int]) -> Guidance:
-        """For some of the prompts."""
-        return Guidance([self.others[i] for i in chosen], self.scale)
-
-
-def guided(near: Tensor, far: Tensor, scale: float) -> Tensor:
-    """Logits after a prompt and after another one (..., choices) -> guided ones; only what is likely after the prompt
-    may be drawn."""
-    return (near + scale * (near - far)).masked_fill(near < near.amax(-1, keepdim=True) - LIKELY, -torch.inf)
-
-
 @torch.inference_mode()
 def draw(
     model: Step1, prompts: Sequence[Ids], max_groups: Sequence[int], vocabulary: Vocabulary, *,
-    temperature: float = 1.0, seed: int = 0, slots: int = 64, guidance: Guidance | None = None,
+    temperature: float = 1.0, seed: int = 0, slots: int = 64,
 ) -> list[Answer]:  # fmt: skip
     """One answer per prompt, `slots` side by side in order of length; temperature 0 takes the likeliest token.
 
-    The same seed and slots give the same answers on the same device. A guided answer takes the work of two.
+    The same seed and slots give the same answers on the same device.
     """
     answers: list[Answer | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + max_groups[i] * GROUP)
@@ -88,9 +66,8 @@ def draw(
         chosen = order[start : start + slots]
         generator = torch.Generator(device=model.device).manual_seed(seed * 1_000_003 + start)
         drawn = _draw_together(
-            model, [prompts[i] for i in chosen], [max_groups[i] for i in chosen], vocabulary, temperature, generator,
-            guidance.of(chosen) if guidance else None,
-        )  # fmt: skip
+            model, [prompts[i] for i in chosen], [max_groups[i] for i in chosen], vocabulary, temperature, generator
+        )
         for place, answer in zip(chosen, drawn, strict=True):
             answers[place] = answer
     return [answer for answer in answers if answer is not None]
@@ -98,27 +75,25 @@ def draw(
 
 def _draw_together(
     model: Step1, prompts: Sequence[Ids], max_groups: Sequence[int], vocabulary: Vocabulary, temperature: float,
-    generator: torch.Generator, guidance: Guidance | None,
+    generator: torch.Generator,
 ) -> list[Answer]:  # fmt: skip
     count, device = len(prompts), model.device
     is_static = keeps_shapes(device)
-    read = [*prompts, *(guidance.others if guidance else ())]  # a guided answer is written behind both of its prompts
-    copies = len(read) // count
-    longest = max(len(p) + g * GROUP + 1 for p, g in zip(read, [*max_groups] * copies, strict=True))
+    longest = max(len(p) + g * GROUP + 1 for p, g in zip(prompts, max_groups, strict=True))
     capacity = -(-(longest + 1) // STATIC_SPAN) * STATIC_SPAN
-    cache = model.new_cache(slots=len(read), capacity=capacity, zeroed=True)
-    hidden = _prefill(model, read, cache)
-    positions = torch.tensor([len(p) for p in read], device=device)
+    cache = model.new_cache(slots=count, capacity=capacity, zeroed=True)
+    hidden = _prefill(model, prompts, cache)
+    positions = torch.tensor([len(p) for p in prompts], device=device)
     limit = torch.tensor(max_groups, device=device)
     steps = max(max_groups) * GROUP
     tokens = torch.zeros(count, steps, dtype=torch.long, device=device)
     lengths = torch.zeros(count, dtype=torch.long, device=device)
     ended = torch.zeros(count, dtype=torch.bool, device=device)
     done = torch.zeros(count, dtype=torch.bool, device=device)
-    furthest = max(len(p) for p in read)
+    furthest = max(len(p) for p in prompts)
     live = torch.arange(count, device=device)  # rows that go on; all of them where shapes are kept
     for step in range(steps):
-        picked, is_end = _pick(model, hidden, step, vocabulary, temperature, generator, guidance)
+        picked, is_end = _pick(model, hidden, step, vocabulary, temperature, generator)
         if step % GROUP == 0:
             over = step // GROUP >= limit[live]
             ended[live] |= is_end & ~over & ~done[live]
@@ -130,15 +105,14 @@ def _draw_together(
                 live, picked = live[going], picked[going]
         tokens[live, step] = picked
         lengths[live] += ~done[live]
-        ids = (picked + vocabulary.offset).repeat(copies)
+        ids = picked + vocabulary.offset
         if is_static:
-            ended_rows = done.repeat(copies)
-            spare = torch.where(ended_rows, capacity - 1, positions)  # finished rows write where nobody reads
+            spare = torch.where(done, capacity - 1, positions)  # finished rows write where nobody reads
             span = min(capacity, -(-(furthest + step + 1) // STATIC_SPAN) * STATIC_SPAN)
             hidden = model.decode_static(ids, spare, cache, span)
-            positions = torch.where(ended_rows, positions, positions + 1)
+            positions = torch.where(done, positions, positions + 1)
         else:
-            hidden = model.decode(ids, cache, [row + copy * count for copy in range(copies) for row in live.tolist()])
+            hidden = model.decode(ids, cache, live.tolist())
     rows, kept, own = tokens.cpu().numpy(), lengths.tolist(), ended.tolist()
     return [Answer(rows[i, : kept[i]].astype(np.int32), own[i]) for i in range(count)]
 
@@ -158,16 +132,11 @@ def _prefill(model: Step1, prompts: Sequence[Ids], cache: KVCache) -> Tensor:
 
 
 def _pick(
-    model: Step1, hidden: Tensor, step: int, vocabulary: Vocabulary, temperature: float, generator: torch.Generator,
-    guidance: Guidance | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The next mixed id of every answer (n,), and whether the end was drawn instead (n,). Hidden states (n, hidden), of
-    guided answers after their prompts and then after the others (2n, hidden)."""
+    model: Step1, hidden: Tensor, step: int, vocabulary: Vocabulary, temperature: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The next mixed id of every row (n,), and whether the end was drawn instead (n,)."""
     low, high, may_end = _range(step)
     logits = _logits(model, hidden, low, high, may_end, vocabulary)
-    if guidance:
-        near, far = logits.chunk(2)
-        logits = guided(near, far, guidance.scale)
     choice = _column(logits, temperature, generator)
     return (choice + low).clamp(max=high - 1), choice == high - low
 
@@ -273,61 +242,19 @@ def log_probs_after(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same from hidden states before each answer token (B, T, hidden), the tokens' ids and mask (B, T)."""
     result, entropy = (torch.zeros_like(mask) for _ in range(2))
-    for kind in kinds(mask, max_groups):
-        log_p = torch.log_softmax(choice_logits(model, before[kind.places], kind, vocabulary) / temperature, -1)
-        column = _columns(wanted[kind.places], kind, vocabulary)
-        result = result.masked_scatter(kind.places, log_p.gather(-1, column[:, None]).squeeze(-1))
-        entropy = entropy.masked_scatter(kind.places, -(log_p.exp() * log_p).sum(-1))
-    return result, entropy
-
-
-class Kind(NamedTuple):
-    """Tokens of answers with the same choices: their places (B, T), which mixed ids [low, high) may stand there, and
-    whether the end may."""
-
-    places: Tensor
-    low: int
-    high: int
-    may_end: bool
-
-
-def kinds(mask: Tensor, max_groups: Tensor) -> Iterator[Kind]:
-    """The tokens of a mask (B, T) that the grammar does not force, by their choices; kinds without a token are left
-    out."""
     steps = torch.arange(mask.shape[1], device=mask.device)
-    counts = (mask > 0) & (steps[None] < max_groups[:, None] * GROUP)
-    at_start, inside = (steps % GROUP == 0) & (steps > 0), steps % GROUP
-    for of_kind, step in (
-        (steps == 0, 0), (at_start, GROUP), (inside == 1, 1), (inside >= LINGUISTIC_PER_GROUP, LINGUISTIC_PER_GROUP),
-    ):  # fmt: skip
-        places = counts & of_kind[None]
-        if bool(places.any()):
-            yield Kind(places, *_range(step))
-
-
-def guided_log_probs_after(
-    model: Step1, before: Tensor, others: Tensor, scale: float, wanted: Tensor, mask: Tensor, max_groups: Tensor,
-    vocabulary: Vocabulary, temperature: float,
-) -> Tensor:  # fmt: skip
-    """Log-probability of every token of guided answers, from the states before it after its prompt, which get the
-    gradient, and after the other one, (B, T, hidden) each; (B, T), 0 off mask, and for a token that rounding alone kept
-    out of the likely ones."""
-    result = torch.zeros_like(mask)
-    for kind in kinds(mask, max_groups):
-        near = choice_logits(model, before[kind.places], kind, vocabulary)
-        far = choice_logits(model, others[kind.places], kind, vocabulary).detach()
-        log_p = torch.log_softmax(guided(near, far, scale) / temperature, -1)
-        found = log_p.gather(-1, _columns(wanted[kind.places], kind, vocabulary)[:, None]).squeeze(-1)
-        result = result.masked_scatter(kind.places, torch.where(found.isfinite(), found, 0.0))
-    return result
-
-
-def _columns(ids: Tensor, kind: Kind, vocabulary: Vocabulary) -> Tensor:
-    """Where ids lie among a kind's choices."""
-    return torch.where(ids == vocabulary.eos, kind.high - kind.low, ids - vocabulary.offset - kind.low)
-
-
-def choice_logits(model: Step1, hidden: Tensor, kind: Kind, vocabulary: Vocabulary) -> Tensor:
-    """Logits of a kind's choices from hidden states (n, hidden): (n, high - low), the end as last column where it may
-    come; float32."""
-    return _logits(model, hidden, kind.low, kind.high, kind.may_end, vocabulary)
+    forced = steps[None] >= max_groups[:, None] * GROUP
+    counts = (mask > 0) & ~forced
+    kinds = [steps == 0, (steps % GROUP == 0) & (steps > 0), steps % GROUP == 1, steps % GROUP >= LINGUISTIC_PER_GROUP]
+    for kind, step in zip(kinds, (0, GROUP, 1, LINGUISTIC_PER_GROUP), strict=True):
+        chosen = counts & kind[None]
+        if not bool(chosen.any()):
+            continue
+        low, high, may_end = _range(step)
+        logits = _logits(model, before[chosen], low, high, may_end, vocabulary) / temperature
+        log_p = torch.log_softmax(logits, -1)
+        ids = wanted[chosen]
+        column = torch.where(ids == vocabulary.eos, high - low, ids - vocabulary.offset - low)
+        result = result.masked_scatter(chosen, log_p.gather(-1, column[:, None]).squeeze(-1))
+        entropy = entropy.masked_scatter(chosen, -(log_p.exp() * log_p).sum(-1))
+    return result, entropy

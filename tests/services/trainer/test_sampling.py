@@ -4,18 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from services.llm import sampling as served
 from services.trainer.core import sampling
-from services.trainer.core.branches import branches, states_before
-from services.trainer.core.sampling import (
-    Guidance,
-    Vocabulary,
-    draw,
-    guided,
-    guided_log_probs_after,
-    log_probs,
-    sequences,
-)
+from services.trainer.core.sampling import Vocabulary, draw, log_probs, sequences
 from shared.codes import GROUP, LINGUISTIC_SIZE, split
 from tests.services.trainer.conftest import make_row
 
@@ -114,33 +104,3 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(fresh, tokenizer) -> None:
     error = (expected * (1 - expected) / draws).sqrt()
     assert bool(((found - expected).abs() < 5 * error + 1e-4)[likeliest].all())
     assert float(expected[found == 0].detach().max()) < 0.01
-
-
-@pytest.mark.parametrize("shapes_kept", [False, True])
-def test_guided_answers_are_drawn_by_the_probabilities_that_they_are_said_to_have(
-    fresh, tokenizer, monkeypatch: pytest.MonkeyPatch, shapes_kept: bool
-) -> None:
-    monkeypatch.setattr(sampling, "keeps_shapes", lambda _: shapes_kept)
-    model = fresh()
-    prompts, vocabulary = setup(tokenizer, 6)
-    prompts, others = prompts[:3], prompts[3:]
-    limits = [2, 3, 2]
-    drawn = draw(model, prompts, limits, vocabulary, temperature=0.0, guidance=Guidance(others, 30.0))
-    plain = draw(model, prompts, limits, vocabulary, temperature=0.0)
-    assert [a.mixed.tolist() for a in drawn] != [a.mixed.tolist() for a in plain]
-    again = draw(model, prompts, limits, vocabulary, temperature=0.0, guidance=Guidance(prompts, 30.0))
-    assert [a.mixed.tolist() for a in again] == [a.mixed.tolist() for a in plain], "away from itself is nowhere"
-    for prompt, other, answer, limit in zip(prompts, others, drawn, limits, strict=True):
-        near, far = (branches(one, [answer.mixed], vocabulary, "cpu") for one in (prompt, other))
-        with torch.no_grad():
-            before, beside = states_before(model, near), states_before(model, far)
-            log_p = guided_log_probs_after(
-                model, before, beside, 30.0, near.wanted, near.mask, torch.tensor([limit]), vocabulary, 1e-3
-            )
-        assert (log_p[0, : len(answer.mixed)].exp() > 0.5).all(), "the likeliest at a low temperature"
-
-
-def test_what_guidance_may_draw_is_what_is_served() -> None:
-    assert sampling.LIKELY == served.LIKELY
-    near, far = torch.tensor([[3.0, 2.0, -5.0]]), torch.tensor([[3.0, 1.0, -50.0]])
-    assert guided(near, far, 2.0).tolist() == [[3.0, 4.0, -torch.inf]]

@@ -32,7 +32,7 @@ def plan(hours: float, minutes: float | None, target: Path) -> list[tuple[str, S
         if name == "flow":
             steps += [("codes", []), ("perturbed", []), ("sounds", []), ("plain", []), ("mels", [])]
         steps.append((name, bound))
-    return [*steps, ("export", [str(target)])]
+    return [*steps, ("manners", []), ("export", [str(target)])]
 
 
 def main() -> None:

@@ -36,10 +36,8 @@ PARTS = {
     "llm": ("codes", "plain", "runs/text", "runs/linguistic", "runs/semantic"),
     "recognizer": ("codes", "plain", "runs/flow"),
     "words": ("codes", "plain", "runs/text", "runs/llm", "runs/recognizer"),
-    "manner": ("codes", "plain", "runs/text", "runs/words", "runs/recognizer", "runs/vocoder"),
 }
-"""What each part reads. The runs before a step travel without their optimizers; that of `heard`, which `manner` reads
-as well, as the result that it is."""
+"""What each part reads. The runs before a step travel without their optimizers."""
 
 
 def pack(part: str, target: Path, megabytes: float) -> float:

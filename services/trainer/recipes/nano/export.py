@@ -23,7 +23,7 @@ from services.trainer.recipes.nano import (
     flow,
     linguistic,
     llm,
-    manner,
+    manners,
     recognizer,
     semantic,
     speaker,
@@ -85,7 +85,7 @@ def write_language_model(folder: Path) -> None:
     tokenizer = text_tokenizer.tokenizer_file()
     recipe = llm.GPU
     model = Step1(llm.config(recipe, TextTokenizer.from_file(tokenizer).vocab_size))
-    trained(last_trained("llm", "words", "manner"), "model", model)
+    trained(last_trained("llm", "words"), "model", model)
     (folder / "config.json").write_text(model.config.to_json())
     save_file(halved(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(tokenizer, folder / "tokenizer.model")
@@ -182,7 +182,7 @@ def main() -> None:
         "temperature": TEMPERATURE,
         "candidates": CANDIDATES,
         "guidance": GUIDANCE,
-        "manners": json.loads(manner.changes_file().read_text()) if manner.changes_file().exists() else {},
+        "manners": manners.read(),
         "steps": steps,
     }
     (root / "editx.json").write_text(json.dumps(document, indent=2) + "\n")

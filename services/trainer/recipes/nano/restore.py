@@ -2,9 +2,8 @@
 `python -m services.trainer.recipes.nano.restore models/nano`.
 
 The tokenizers stay as they are, since everything else was trained on their codes; `codes` and `plain` take them from
-the checkpoint with `--checkpoint`. Optimizers start anew. A run that is there is left alone. What `words`,
-`manner` and `heard` made of `llm` and `flow` stands in their runs and in those that they start from: to train these on,
-remove the others.
+the checkpoint with `--checkpoint`. Optimizers start anew. A run that is there is left alone. What `words` and `heard`
+made of `llm` and `flow` stands in their runs and in those that they start from: to train these on, remove the others.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from services.trainer.recipes.nano import assets, manner
+from services.trainer.recipes.nano import assets, manners
 from shared.checkpoints.layout import Checkpoint
 
 
@@ -44,16 +43,15 @@ def restore(root: str | Path) -> None:
     flow = _weights(checkpoint.flow_file)
     average = {f"module.{key}": value.clone() for key, value in flow.items()}
     language_model = {"model": _weights(checkpoint.step1_dir / "model.safetensors")}
-    for name in ("llm", "words", "manner"):
+    for name in ("llm", "words"):
         if steps.get(name):
             write_run(name, language_model, steps[name])
     for name in ("flow", "heard"):
         if steps.get(name):
             counted = average | {"n_averaged": torch.tensor(steps[name])}
             write_run(name, {"model": flow, "average": counted}, steps[name])
-    if changes := metadata.get("manners"):
-        manner.changes_file().parent.mkdir(parents=True, exist_ok=True)
-        manner.changes_file().write_text(json.dumps(changes))
+    if (changes := metadata.get("manners")) and not manners.file().exists():
+        manners.write(changes)
     write_run("vocoder", {"model": _weights(checkpoint.vocoder_file)}, steps["vocoder"])
     if checkpoint.has_recognizer:
         write_run("recognizer", {"model": _weights(checkpoint.recognizer_file)}, steps["recognizer"])

@@ -24,7 +24,7 @@ from shared.checkpoints.weights import default_dtype
 
 Recipe = TypeVar("Recipe")
 
-TRAINED = ("linguistic", "speaker", "semantic", "flow", "heard", "vocoder", "llm", "recognizer", "words", "manner")
+TRAINED = ("linguistic", "speaker", "semantic", "flow", "heard", "vocoder", "llm", "recognizer", "words")
 """The trainings of the small checkpoint, in order."""
 
 

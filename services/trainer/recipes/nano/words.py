@@ -11,8 +11,7 @@ copies to the token) is not forgotten. Starts from `llm`, which it leaves alone.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -22,19 +21,11 @@ from torch import Tensor
 
 from services.trainer.core.branches import branches, states_before
 from services.trainer.core.letters import Floats, aligned, owed
-from services.trainer.core.sampling import (
-    Answer,
-    Guidance,
-    Ids,
-    Vocabulary,
-    draw,
-    guided_log_probs_after,
-    log_probs_after,
-)
+from services.trainer.core.sampling import Answer, Ids, Vocabulary, draw, log_probs_after
 from services.trainer.recipes.nano import llm, recognizer, text_tokenizer
 from services.trainer.recipes.nano.codes import Coded, Item
 from services.trainer.recipes.nano.run import Run, begin, cosine, products, set_lr, trained, training_options
-from shared.codes import GROUP, Codes, pairs_of
+from shared.codes import GROUP, pairs_of
 from shared.models.recognizer import Recognizer, frames_needed, letters
 from shared.models.step1 import Step1
 from shared.prompts import TextTokenizer, Turn, clone_turns, edit_turns
@@ -50,8 +41,6 @@ SIX_LETTERS = 6.0**0.5
 """About as many letters share a token."""
 TIMING = 1.0
 """Cost, per letter, of an answer e times as long as the teacher's reading or as short: slow speech is easy to read."""
-PLAIN = Edit(type="emotion", detail="remove")
-"""What asks for the same without a manner, where edits are served as well."""
 
 
 @dataclass(frozen=True)
@@ -75,36 +64,19 @@ class WordsRecipe:
     """Tokens."""
     longest_answer: int = 60
     """Groups of the teacher's reading."""
-    guidance: float = 0.0
-    """Of edits, away from the same said plainly."""
-
-    def other(self, prompt: Prompt) -> Ids | None:
-        """The prompt that the answers to a prompt are guided away from, None where they are not guided."""
-        return prompt.readings.plain if self.guidance and prompt.readings else None
 
 
 CPU = WordsRecipe(steps=300, prompts=6)
 GPU = WordsRecipe(steps=800, prompts=32, rehearsed=8192)
 
 
-class Readings(NamedTuple):
-    """Of an edit of the manner: mixed ids of the reading in the prompt and of the one that is asked for, and the prompt
-    that asks for a plain one of the same, None where that is asked for anyway."""
-
-    source: Codes
-    target: Codes
-    plain: Ids | None
-
-
 class Prompt(NamedTuple):
-    """ids (n,), the most groups of an answer, the letters that it should say, groups of the teacher's reading, and both
-    readings of an edit of the manner."""
+    """ids (n,), the most groups of an answer, the letters that it should say, and groups of the teacher's reading."""
 
     ids: Ids
     max_groups: int
     letters: list[int]
     groups: int
-    readings: Readings | None = None
 
 
 class Prompts:
@@ -134,10 +106,7 @@ class Prompts:
         """The same sentence in another manner."""
         source, target = self._examples.pool(rng).same_words(rng)
         edit = llm.edit_between(source["row"]["manner"], target["row"]["manner"])
-        mixed, text = source["clean_mixed"], source["row"]["text"]
-        plain = None if edit.detail == "remove" else self._ids(edit_turns(PLAIN, text, mixed))
-        prompt = self._prompt(edit_turns(edit, text, mixed), [target])
-        return prompt._replace(readings=Readings(mixed, target["clean_mixed"], plain))
+        return self._prompt(edit_turns(edit, source["row"]["text"], source["clean_mixed"]), [target])
 
     def vad(self, rng: np.random.Generator) -> Prompt:
         """Two readings without a pause, as a recording is shown for vad, again."""
@@ -151,12 +120,9 @@ class Prompts:
         return self._prompt(edit_turns(Edit(type="denoise"), None, item["noisy_mixed"]), [item])
 
     def _prompt(self, turns: list[Turn], said: Sequence[Item]) -> Prompt:
+        ids = np.array(self._examples.tokenizer.encode_chat(turns), np.int64)
         groups = sum(len(item["clean_mixed"]) for item in said) // GROUP
-        text = " ".join(item["row"]["text"] for item in said)
-        return Prompt(self._ids(turns), int(1.6 * groups) + 6, letters(text), groups)
-
-    def _ids(self, turns: list[Turn]) -> Ids:
-        return np.array(self._examples.tokenizer.encode_chat(turns), np.int64)
+        return Prompt(ids, int(1.6 * groups) + 6, letters(" ".join(item["row"]["text"] for item in said)), groups)
 
 
 class Judged(NamedTuple):
@@ -168,21 +134,9 @@ class Judged(NamedTuple):
     scores: Floats
 
 
-Cost = Callable[[Prompt, Sequence[Answer]], Floats]
-"""What each answer to a prompt pays for a letter, (K,)."""
-
-
-def timing(prompt: Prompt, answers: Sequence[Answer]) -> Floats:
-    """How far the answers' lengths are from the teacher's, (K,): TIMING where e times as long."""
-    lasting = np.array([max(1, len(answer.mixed) / GROUP) for answer in answers])
-    return np.asarray(TIMING * np.abs(np.log(lasting / prompt.groups)))
-
-
 @torch.no_grad()
-def judge(
-    reader: Recognizer, prompt: Prompt, answers: Sequence[Answer], device: torch.device, cost: Cost = timing
-) -> Judged:
-    """What the recogniser hears of each letter in each answer less its cost, beside the other answers."""
+def judge(reader: Recognizer, prompt: Prompt, answers: Sequence[Answer], device: torch.device) -> Judged:
+    """What the recogniser hears of each letter in each answer, beside the other answers."""
     pairs, lengths = pairs_of([answer.mixed for answer in answers])
     heard = reader(pairs.to(device), lengths.to(device)).cpu().numpy()
     count = len(answers)
@@ -191,7 +145,8 @@ def judge(
     for place, length in enumerate(lengths.tolist()):
         if length >= frames_needed(prompt.letters):
             scores[place], frames[place] = aligned(heard[place, :length], prompt.letters)
-    scores -= cost(prompt, answers)[:, None]
+    lasting = np.array([max(1, len(answer.mixed) / GROUP) for answer in answers])
+    scores -= TIMING * np.abs(np.log(lasting / prompt.groups))[:, None]
     above = np.clip((scores - scores.mean(0)) * count / (count - 1), -LARGEST, LARGEST)
     return Judged(above, frames, scores.mean(1))
 
@@ -211,96 +166,22 @@ def advantages(judged: Judged, answers: Sequence[Answer], scale: float) -> Tenso
 
 def reinforce(
     model: Step1, prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer]], judged: Sequence[Judged],
-    vocabulary: Vocabulary, recipe: WordsRecipe,
+    vocabulary: Vocabulary, temperature: float,
 ) -> float:  # fmt: skip
     """Add the gradient of the advantages' expectation, per token, to the model's; returns the loss."""
     scale = float(np.sqrt(np.mean(np.concatenate([one.above.reshape(-1) for one in judged]) ** 2))) + 1e-3
     tokens = sum(len(answer.mixed) for group in answers for answer in group)
     total = 0.0
     for prompt, group, heard in zip(prompts, answers, judged, strict=True):
-        log_p = _log_probs(model, prompt, [answer.mixed for answer in group], vocabulary, recipe)
+        row = branches(prompt.ids, [answer.mixed for answer in group], vocabulary, model.device)
+        with products(model.device):
+            before = states_before(model, row)
+        limits = torch.full((len(group),), prompt.max_groups, device=model.device)
+        log_p, _ = log_probs_after(model, before.float(), row.wanted, row.mask, limits, vocabulary, temperature)
         loss = -(advantages(heard, group, scale).to(log_p) * log_p).sum() / max(1, tokens)
         loss.backward()
         total += loss.item()
     return total
-
-
-def _log_probs(
-    model: Step1, prompt: Prompt, answers: Sequence[Codes], vocabulary: Vocabulary, recipe: WordsRecipe
-) -> Tensor:
-    """Of every token of the answers as they were drawn, (K, longest + 1)."""
-    other = recipe.other(prompt)
-    row = branches(prompt.ids, answers, vocabulary, model.device)
-    limits = torch.full((len(answers),), prompt.max_groups, device=model.device)
-    with products(model.device):
-        before = states_before(model, row)
-    if other is None:
-        return log_probs_after(
-            model, before.float(), row.wanted, row.mask, limits, vocabulary, recipe.temperature
-        )[0]  # fmt: skip
-    with torch.no_grad(), products(model.device):
-        far = states_before(model, branches(other, answers, vocabulary, model.device))
-    return guided_log_probs_after(
-        model, before.float(), far.float(), recipe.guidance, row.wanted, row.mask, limits, vocabulary,
-        recipe.temperature,
-    )  # fmt: skip
-
-
-def drawn_for(
-    model: Step1, prompts: Sequence[Prompt], vocabulary: Vocabulary, recipe: WordsRecipe, seed: int
-) -> list[list[Answer]]:
-    """Several answers to every prompt; those that are guided together, and the others."""
-    result: list[list[Answer]] = [[] for _ in prompts]
-    for is_guided in (False, True):
-        chosen = [k for k, prompt in enumerate(prompts) if (recipe.other(prompt) is not None) == is_guided]
-        asked = [prompts[k] for k in chosen for _ in range(recipe.answers)]
-        if not asked:
-            continue
-        others = [other for prompt in asked if (other := recipe.other(prompt)) is not None]
-        answers = draw(
-            model, [prompt.ids for prompt in asked], [prompt.max_groups for prompt in asked], vocabulary,
-            temperature=recipe.temperature, seed=seed, slots=len(asked),
-            guidance=Guidance(others, recipe.guidance) if is_guided else None,
-        )  # fmt: skip
-        for place, k in enumerate(chosen):
-            result[k] = answers[place * recipe.answers : (place + 1) * recipe.answers]
-    return result
-
-
-def learn(
-    name: str, model: Step1, recipe: WordsRecipe, arguments: argparse.Namespace, tokenizer: TextTokenizer,
-    cost: Cost = timing,
-) -> None:  # fmt: skip
-    """Reinforce a model, on the device where it lies, as a run."""
-    device = model.device
-    reader = Recognizer(recognizer.config()).requires_grad_(False)
-    trained("recognizer", "model", reader).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    run = Run(name, {"model": model, "optimizer": optimizer}, arguments.steps or recipe.steps, arguments.minutes, 25)
-    vocabulary = Vocabulary(tokenizer.audio_offset, tokenizer.eos)
-    examples = llm.Examples(Coded(), tokenizer, replace(llm.CPU, tokens=recipe.rehearsed))
-    prompts = Prompts(examples, recipe)
-    while run.going:
-        rng = run.rng()
-        chosen = [prompts.draw(rng) for _ in range(recipe.prompts)]
-        groups = drawn_for(model, chosen, vocabulary, recipe, run.step)
-        judged = [judge(reader, prompt, group, device, cost) for prompt, group in zip(chosen, groups, strict=True)]
-        set_lr(optimizer, cosine(run.step, run.steps, recipe.lr, recipe.final_lr, warmup=10))
-        optimizer.zero_grad()
-        loss = reinforce(model, chosen, groups, judged, vocabulary, recipe)
-        batch = examples.batch(rng, 1.0).to(device)
-        with products(device):
-            rehearsed = llm.loss_of(model, tokenizer.audio_offset, batch, 0.0)["loss"]
-        (recipe.rehearsal * rehearsed).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        said = sum(len(answer.mixed) for group in groups for answer in group)
-        lasting = said / (recipe.answers * sum(prompt.groups * GROUP for prompt in chosen))
-        run.done_step({
-            "loss": loss, "score": float(np.mean([one.scores.mean() for one in judged])),
-            "best": float(np.mean([one.scores.max() for one in judged])), "lasting": lasting,
-            "rehearsed": rehearsed.detach(),
-        }, log_every=10)  # fmt: skip
 
 
 def main() -> None:
@@ -309,7 +190,38 @@ def main() -> None:
     tokenizer = TextTokenizer.from_file(text_tokenizer.tokenizer_file())
     model = Step1(llm.config(llm.CPU, tokenizer.vocab_size))
     trained("llm", "model", model).to(device)
-    learn("words", model, recipe, arguments, tokenizer)
+    reader = Recognizer(recognizer.config()).requires_grad_(False)
+    trained("recognizer", "model", reader).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    run = Run("words", {"model": model, "optimizer": optimizer}, arguments.steps or recipe.steps, arguments.minutes, 25)
+    vocabulary = Vocabulary(tokenizer.audio_offset, tokenizer.eos)
+    examples = llm.Examples(Coded(), tokenizer, replace(llm.CPU, tokens=recipe.rehearsed))
+    prompts = Prompts(examples, recipe)
+    while run.going:
+        rng = run.rng()
+        chosen = [prompts.draw(rng) for _ in range(recipe.prompts)]
+        asked = [prompt for prompt in chosen for _ in range(recipe.answers)]
+        drawn = draw(
+            model, [prompt.ids for prompt in asked], [prompt.max_groups for prompt in asked], vocabulary,
+            temperature=recipe.temperature, seed=run.step, slots=len(asked),
+        )  # fmt: skip
+        groups = [drawn[k : k + recipe.answers] for k in range(0, len(drawn), recipe.answers)]
+        judged = [judge(reader, prompt, group, device) for prompt, group in zip(chosen, groups, strict=True)]
+        set_lr(optimizer, cosine(run.step, run.steps, recipe.lr, recipe.final_lr, warmup=10))
+        optimizer.zero_grad()
+        loss = reinforce(model, chosen, groups, judged, vocabulary, recipe.temperature)
+        batch = examples.batch(rng, 1.0).to(device)
+        with products(device):
+            rehearsed = llm.loss_of(model, tokenizer.audio_offset, batch, 0.0)["loss"]
+        (recipe.rehearsal * rehearsed).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        lasting = sum(len(answer.mixed) for answer in drawn) / sum(prompt.groups * GROUP for prompt in asked)
+        run.done_step({
+            "loss": loss, "score": float(np.mean([one.scores.mean() for one in judged])),
+            "best": float(np.mean([one.scores.max() for one in judged])), "lasting": lasting,
+            "rehearsed": rehearsed.detach(),
+        }, log_every=10)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -11,16 +11,7 @@ from services.trainer.core.branches import branches, states_before
 from services.trainer.core.sampling import Answer, Vocabulary, draw, log_probs_after
 from services.trainer.recipes.nano import words
 from services.trainer.recipes.nano.codes import Item
-from services.trainer.recipes.nano.words import (
-    Judged,
-    Prompt,
-    Prompts,
-    Readings,
-    advantages,
-    drawn_for,
-    judge,
-    reinforce,
-)
+from services.trainer.recipes.nano.words import Judged, Prompt, Prompts, advantages, judge, reinforce
 from shared.models.recognizer import Recognizer, RecognizerConfig, letters
 from tests.services.trainer.conftest import make_row, random_codes
 
@@ -57,10 +48,6 @@ def test_a_prompt_asks_for_the_letters_of_what_its_answer_says(tokenizer) -> Non
     clone, edit, vad, denoise = (kind(rng) for kind in (prompts.clone, prompts.edit, prompts.vad, prompts.denoise))
     assert clone.letters == denoise.letters == letters("not at all")
     assert (edit.letters, edit.groups) == (SAID, 3)
-    assert edit.readings is not None
-    assert edit.readings.target is read[1]["clean_mixed"]
-    assert edit.readings.plain is not None
-    assert clone.readings is vad.readings is None
     assert (vad.letters, vad.groups) == (letters("so it is not at all"), 4)
     both = [*read[0]["clean_mixed"], *read[2]["clean_mixed"]]
     assert vad.ids[vad.ids >= tokenizer.audio_offset].tolist() == [id_ + tokenizer.audio_offset for id_ in both]
@@ -120,38 +107,8 @@ def test_a_step_makes_the_better_said_answer_likelier(fresh, tokenizer, reader: 
         return float((advantages(heard, group, 1.0) * log_p).sum())
 
     before = gain()
-    reinforce(model, [asked], [group], [heard], vocabulary, replace(words.CPU, temperature=0.5))
+    reinforce(model, [asked], [group], [heard], vocabulary, 0.5)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter -= 0.05 * parameter.grad
-    assert gain() > before
-
-
-def test_edits_of_the_manner_alone_are_drawn_and_learned_guided(fresh, tokenizer, reader: Recognizer) -> None:
-    model, vocabulary = fresh(), Vocabulary(tokenizer.audio_offset, tokenizer.eos)
-    plain = np.array(tokenizer.encode_chat(make_row(5).turns()), np.int64)
-    clone = prompt(tokenizer)
-    edit = clone._replace(readings=Readings(random_codes(2, 1), random_codes(3, 2), plain))
-    removal = edit._replace(readings=edit.readings._replace(plain=None))  # type: ignore[union-attr]
-    recipe = replace(words.CPU, answers=4, guidance=40.0, temperature=0.5)
-    asked = [edit, clone, removal]
-    groups = drawn_for(model, asked, vocabulary, recipe, 3)
-    assert [len(group) for group in groups] == [4, 4, 4]
-    plainly = drawn_for(model, asked, vocabulary, replace(recipe, guidance=0.0), 3)
-    assert [a.mixed.tolist() for a in groups[0]] != [a.mixed.tolist() for a in plainly[0]]
-    alone = drawn_for(model, [clone, removal], vocabulary, recipe, 3)
-    assert [a.mixed.tolist() for a in groups[1]] == [a.mixed.tolist() for a in alone[0]]
-
-    judged = [judge(reader, one, group, torch.device("cpu")) for one, group in zip(asked, groups, strict=True)]
-
-    def gain() -> float:
-        with torch.no_grad():
-            log_p = words._log_probs(model, edit, [one.mixed for one in groups[0]], vocabulary, recipe)
-        return float((advantages(judged[0], groups[0], 1.0) * log_p).sum())
-
-    before = gain()
-    reinforce(model, asked[:1], groups[:1], judged[:1], vocabulary, recipe)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter -= 0.001 * parameter.grad
     assert gain() > before
