@@ -129,12 +129,15 @@ class GenerateHandler:
         mixed = answer["mixed"].astype(np.int32)
         if len(mixed) < GROUP:
             raise PermanentError("The language model wrote no audio.", "Try another seed.", "no_audio_generated")
-        stretch = float(answer["stretch"].reshape(-1)[0])
+        seconds = len(mixed) // GROUP * GROUP_S
+        stretch, longest_s = float(answer["stretch"].reshape(-1)[0]), step.step.parameters["max_duration_s"]
+        if longest_s is not None:
+            stretch = min(stretch, max(1.0, float(longest_s) / seconds))
         return Generated(
             mixed=mixed,
             seed=seed,
             attempts=int(answer["attempts"].reshape(-1)[0]),
-            seconds=len(mixed) // GROUP * GROUP_S * stretch,
+            seconds=seconds * stretch,
             collapsed=bool(answer["collapsed"].reshape(-1)[0]),
             stretch=stretch,
         )

@@ -121,6 +121,14 @@ def test_the_model_is_told_what_the_answer_should_say(edit: Edit, text: str | No
         assert "".join(map(chr, inputs["manner"])) == "emotion/happy"
 
 
+@pytest.mark.parametrize(("longest_s", "stretch"), [(None, 1.25), (0.8, 0.8 / 0.72), (0.5, 1.0)])
+def test_a_result_is_not_stretched_beyond_the_longest_that_is_allowed(longest_s: float | None, stretch: float) -> None:
+    request = HAPPY.model_copy(update={"generate": HAPPY.generate.model_copy(update={"max_duration_s": longest_s})})
+    step = FakeStep(request, 1, {"tokens": tokenized().to_bytes()})
+    GenerateHandler(FakeInference(write), encode).run(step)
+    assert Generated.from_bytes(step.written["generated.safetensors"]).stretch == pytest.approx(stretch)
+
+
 @pytest.mark.parametrize(
     ("edit", "is_guided"),
     [
