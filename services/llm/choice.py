@@ -1,8 +1,8 @@
 """Several answers to one request, and the one that says its text and shows its manner best.
 
 A small language model leaves out or mumbles words in some of its draws, and in some goes half as far in the manner as
-was asked; a recogniser on audio tokens and what measures their prosody read one in a hundredth of the time that it
-takes to draw. Knows nothing about prompts and engines.
+was asked, at another pace; a recogniser on audio tokens and what measures their prosody read one in a hundredth of the
+time that it takes to draw. Knows nothing about prompts and engines.
 """
 
 from __future__ import annotations
@@ -25,16 +25,14 @@ from shared.schemas.request import SEED_MAX
 SEED_STRIDE = 15_485_863
 MANNER_COST = 1.0
 """Nats a letter that an answer pays for every step (`shared.models.prosody.SCALES`) that it is away from the manner."""
+PACE = MEASURES.index("log_duration")
+LONGEST_STRETCH = 0.35
+"""The logarithm of how much faster or slower at most an answer is said than its tokens say."""
 
 
 def seeds(first: int, count: int) -> list[int]:
     """The seed of each answer; the first one's is the request's own."""
     return [(first + number * SEED_STRIDE) % (SEED_MAX + 1) for number in range(count)]
-
-
-LONGEST_STRETCH = 0.35
-"""The logarithm of how much faster or slower at most an answer is said than its tokens say."""
-PACE = MEASURES.index("log_duration")
 
 
 @dataclass(frozen=True, eq=False)
