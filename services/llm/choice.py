@@ -18,13 +18,13 @@ import torch
 
 from services.llm.requests import Outcome
 from shared.codes import GROUP, Codes, pairs_of
-from shared.models.prosody import MEASURES, Prosody, distances
 from shared.models.recognizer import Recognizer, letters
+from shared.prosody import MEASURES, Prosody, distances
 from shared.schemas.request import SEED_MAX
 
 SEED_STRIDE = 15_485_863
 MANNER_COST = 1.0
-"""Nats a letter that an answer pays for every step (`shared.models.prosody.SCALES`) that it is away from the manner."""
+"""Nats a letter that an answer pays for every step (`shared.prosody.SCALES`) that it is away from the manner."""
 PACE = MEASURES.index("log_duration")
 LONGEST_STRETCH = 0.35
 """The logarithm of how much faster or slower at most an answer is said than its tokens say."""
@@ -38,7 +38,7 @@ def seeds(first: int, count: int) -> list[int]:
 @dataclass(frozen=True, eq=False)
 class AskedManner:
     """An edit of the manner: mixed ids (m,) of the recording, and what the manner changes of it on average, (5,) as
-    `shared.models.prosody.MEASURES`."""
+    `shared.prosody.MEASURES`."""
 
     source: Codes
     change: npt.NDArray[np.float64]

@@ -84,7 +84,7 @@ class Metadata(BaseModel):
     ``temperature`` is what the language model's tokens are best drawn at; None leaves the usual 0.7. ``candidates`` is
     how many answers to draw where the recogniser, if there is one, can tell which says its text best. ``guidance`` is
     how far the draws of an edit of the manner go away from the same said plainly. ``manners`` is what each manner, such
-    as ``emotion/happy``, changes on average in what training read (``shared.models.prosody.MEASURES``), by which that
+    as ``emotion/happy``, changes on average in what training read (``shared.prosody.MEASURES``), by which that
     answer is chosen which says its text and shows its manner best.
     """
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from shared.checkpoints.decoder import load_flow, load_vocoder
 from shared.checkpoints.layout import Checkpoint, InvalidCheckpoint
-from shared.models.prosody import Prosody
 from shared.models.spectral import SpectralRows
+from shared.prosody import Prosody
 
 
 def load_prosody(checkpoint: Checkpoint) -> Prosody:

@@ -20,8 +20,8 @@ from shared.checkpoints.recognizer import save_recognizer
 from shared.codes import interleave, time_align
 from shared.errors import UserError
 from shared.inference.port import InferenceRequest, Tensors
-from shared.models.prosody import AIMS, SCALES, Prosody
 from shared.models.recognizer import Recognizer, RecognizerConfig, letters
+from shared.prosody import AIMS, SCALES, Prosody
 from shared.schemas.request import SEED_MAX
 
 TEXT = "so it was"

@@ -2,7 +2,7 @@
 
 Of the teacher's English readings, each beside a plain one of the same sentence and voice, the average change of F0, its
 range, duration, level and voicing as the flow's encoder and the vocoder's F0 predictor read them off codes
-(`shared.models.prosody`). `export` writes it into editx.json, where the choice among answers and the pace of the chosen
+(`shared.prosody`). `export` writes it into editx.json, where the choice among answers and the pace of the chosen
 one look it up. Needs `codes`, `flow` or `heard`, and `vocoder`; a file that is there is left.
 """
 
@@ -22,9 +22,9 @@ from services.trainer.recipes.nano import flow as flows
 from services.trainer.recipes.nano.codes import Coded, Item
 from services.trainer.recipes.nano.run import last_trained, trained
 from shared.codes import interleave
-from shared.models.prosody import Floats, Prosody
 from shared.models.recognizer import letters
 from shared.models.spectral import SpectralConfig, SpectralVocoder
+from shared.prosody import Floats, Prosody
 
 
 def file() -> Path:
@@ -54,7 +54,7 @@ def prosody_of_runs() -> Prosody:
 
 
 def average_changes(items: Iterable[Item], prosody: Prosody) -> dict[str, list[float]]:
-    """What each manner changes of a plain reading on average (`shared.models.prosody.MEASURES`), by its name, of the
+    """What each manner changes of a plain reading on average (`shared.prosody.MEASURES`), by its name, of the
     English readings among items."""
     groups: dict[int, dict[str, Item]] = defaultdict(dict)
     for item in items:

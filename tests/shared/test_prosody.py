@@ -11,10 +11,10 @@ from shared.checkpoints.decoder import load_flow
 from shared.checkpoints.layout import InvalidCheckpoint
 from shared.checkpoints.prosody import load_prosody
 from shared.codes import interleave
-from shared.models.prosody import AIMS, FURTHEST, SCALES, Prosody, distances, measured
 from shared.models.spectral import F0Predictor, SpectralConfig
+from shared.prosody import AIMS, FURTHEST, SCALES, Prosody, distances, measured
 
-NANO = Path(__file__).parents[3] / "models" / "nano"
+NANO = Path(__file__).parents[2] / "models" / "nano"
 PLAIN = np.array([5.0, 2.0, 4.0, -6.0, 0.7])
 VOCAL = [0, 1, 3]
 
