@@ -38,7 +38,7 @@ def _plain(edit: Edit) -> Edit | None:
     return Edit(type="emotion", detail="remove") if is_manner else None
 
 
-def code_points(text: str) -> npt.NDArray[np.int32]:
+def _code_points(text: str) -> npt.NDArray[np.int32]:
     """A text as a tensor of the model, (k,)."""
     return np.array([ord(character) for character in text], np.int32)
 
@@ -82,13 +82,13 @@ class GenerateHandler:
         seeds = [(int(parameters["seed"]) + number * SEED_STRIDE) % (SEED_MAX + 1) for number in range(count)]
         said = edit.target_text or parameters["text"] or ""
         if said:
-            inputs["text"] = code_points(said)
+            inputs["text"] = _code_points(said)
         plain = _plain(edit)
         if plain or not said:
             inputs["spoken"] = mixed[: groups * GROUP]
         if plain:
             inputs["against"] = self._prompt(plain, parameters["text"], mixed)
-            inputs["manner"] = code_points(f"{edit.type}/{edit.detail}")
+            inputs["manner"] = _code_points(f"{edit.type}/{edit.detail}")
         found = self._generate_all(step, inputs, seeds, limits)
         names = [GENERATED] if count == 1 else [candidate(number) for number in range(count)]
         for name, generated in zip(names, found, strict=True):

@@ -74,10 +74,7 @@ class LlmModel:
     def infer(self, requests: Sequence[InferenceRequest]) -> list[Tensors | Exception]:
         """One answer per request; they run side by side and need not be alike in anything."""
         submitted = [self._submitted(request) for request in requests]
-        return [
-            one if isinstance(one, Exception) else self._answer(*one, request)
-            for one, request in zip(submitted, requests, strict=True)
-        ]
+        return [one if isinstance(one, Exception) else self._answer(*one) for one in submitted]
 
     def stream(self, request: InferenceRequest) -> Iterator[Tensors]:
         """The tokens in pieces of whole groups, each as soon as it is drawn; "collapsed" is true in the last at most.
@@ -92,17 +89,17 @@ class LlmModel:
         """Stop the engine's thread; unfinished requests fail."""
         self.engine.close()
 
-    def _submitted(self, request: InferenceRequest) -> tuple[list[Generation], str] | Exception:
-        """The draws of a request and the text that they should say."""
+    def _submitted(self, request: InferenceRequest) -> tuple[list[Generation], str, AskedManner | None] | Exception:
+        """The draws of a request, the text that they should say and the manner that they should show."""
         try:
-            settings, text = self._sampling(request), _text(request)
+            settings, text, manner = self._sampling(request), _text(request), self._manner(request)
             if self._choice and not text and "spoken" in request.inputs:
                 text = self._choice.read(_spoken(request))
             count = self._choice.count(text) if self._choice else 1
             if _against(request, settings) is not None:
                 count = max(1, count // 2)  # a guided answer is the work of two
             drawn = [replace(settings, seed=seed) for seed in seeds(settings.seed, count)]
-            return self._submit(request, drawn, streams=False), text
+            return self._submit(request, drawn, streams=False), text, manner
         except Exception as error:
             return error
 
@@ -132,10 +129,10 @@ class LlmModel:
             raise
         return generations
 
-    def _answer(self, generations: Sequence[Generation], text: str, request: InferenceRequest) -> Tensors | Exception:
+    def _answer(self, generations: Sequence[Generation], text: str, manner: AskedManner | None) -> Tensors | Exception:
         try:
             outcomes = [generation.result() for generation in generations]
-            chosen = self._choice.best(outcomes, text, self._manner(request)) if self._choice else Chosen(outcomes[0])
+            chosen = self._choice.best(outcomes, text, manner) if self._choice else Chosen(outcomes[0])
         except Exception as error:
             for generation in generations:
                 generation.cancel()

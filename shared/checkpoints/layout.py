@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -97,7 +97,7 @@ class Metadata(BaseModel):
     temperature: float | None = Field(default=None, ge=0.0, le=2.0)
     candidates: int = Field(default=1, ge=1, le=32)
     guidance: float = Field(default=0.0, ge=0.0, le=10.0)
-    manners: dict[str, Annotated[tuple[float, ...], Field(min_length=5, max_length=5)]] = {}
+    manners: dict[str, tuple[float, float, float, float, float]] = {}
 
     def knows(self, edit_type: str, detail: str | None = None) -> bool:
         """Whether this checkpoint was trained on an edit type (and detail, such as ``emotion`` and ``happy``).

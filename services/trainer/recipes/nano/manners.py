@@ -22,6 +22,7 @@ from services.trainer.recipes.nano import flow as flows
 from services.trainer.recipes.nano.codes import Coded, Item
 from services.trainer.recipes.nano.run import last_trained, trained
 from shared.codes import interleave
+from shared.files import make_folder, write_atomically
 from shared.models.recognizer import letters
 from shared.models.spectral import SpectralConfig, SpectralVocoder
 from shared.prosody import Floats, Prosody
@@ -33,11 +34,9 @@ def file() -> Path:
 
 
 def write(changes: dict[str, list[float]]) -> None:
-    """Keep changes, in place of what is there."""
-    file().parent.mkdir(parents=True, exist_ok=True)
-    partial = file().with_suffix(".partial")
-    partial.write_text(json.dumps(changes))
-    partial.replace(file())
+    """Keep changes, in place of what is there. Raises UserError where they cannot be written."""
+    make_folder(file().parent)
+    write_atomically(file(), json.dumps(changes).encode())
 
 
 def read() -> dict[str, list[float]]:
