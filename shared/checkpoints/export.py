@@ -1,5 +1,4 @@
-"""Trained tokenizers to files of the published layout (what the loaders of this package, and the official code, read),
-and the semantic one back.
+"""Trained tokenizers to files of the published layout (what the loaders of this package, and the official code, read).
 
 The only module of `shared` that needs the `onnx` package, and only while a function runs.
 """
@@ -9,7 +8,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,61 +17,33 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from shared.checkpoints.layout import InvalidCheckpoint
 from shared.checkpoints.tokenizer import BATCHED
 from shared.errors import MissingComponent
 from shared.models.linguistic import LinguisticEncoder
-from shared.models.semantic import SemanticConfig, SemanticEncoder
+from shared.models.semantic import SemanticEncoder, WhisperSemanticEncoder
 from shared.models.speaker import SpeakerEncoder
 
 OPSET = 17
-HALF = ".half"
 SMALL = 1024
 """Tensors of fewer numbers stay in float32: there is nothing to save."""
 
 
-def export_semantic_onnx(encoder: SemanticEncoder, target: Path, *, is_half: bool = False) -> None:
+Stored = Literal["float32", "float16", "int8"]
+"""How a file keeps large weights; they are computed with in float32 all the same. int8 has a scale for each output of a
+matrix or convolution, and float16 for what is neither."""
+
+
+def export_semantic_onnx(
+    encoder: SemanticEncoder | WhisperSemanticEncoder, target: Path, *, stored: Stored = "float32"
+) -> None:
     """Writes `speech_tokenizer_v1.onnx`: feats (batch, bins, T) float32, feats_length int32 (batch,) -> indices int32.
 
     The published file takes batch 1 only; this one takes any, with indices past a row's length meaning nothing.
-    `is_half` stores the weights as float16; they are computed with in float32 all the same.
     Raises MissingComponent without the onnx package.
     """
     feats, lengths = torch.randn(2, encoder.config.bins, 403), torch.tensor([403, 201], dtype=torch.int32)
     axes = {"feats": {0: "batch", 2: "frames"}, "feats_length": {0: "batch"}, "indices": {0: "batch", 1: "codes"}}
-    _export(encoder, (feats, lengths), target, ["feats", "feats_length"], ["indices"], axes, is_half)
-
-
-def import_semantic_onnx(source: Path, config: SemanticConfig) -> SemanticEncoder:
-    """The encoder that `export_semantic_onnx` wrote, with the same weights.
-
-    Only of a trained one: the exporter stores equal tensors, as fresh layers have, once under one name. Raises
-    MissingComponent without the onnx package, InvalidCheckpoint where the file holds other tensors.
-    """
-    onnx = _onnx()
-    graph = onnx.load(source).graph
-    state = {tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Cast" and node.input[0] in state:
-            state[node.output[0]] = state[node.input[0]].float()
-    for node in graph.node:  # the exporter names parameters as they are, but renames the transposed of linear layers
-        if node.op_type == "MatMul" and node.input[1] in state:
-            state[f"{_module_name(node.name)}.weight"] = state[node.input[1]].T.contiguous()
-    encoder = SemanticEncoder(config)
-    try:
-        encoder.load_state_dict({name: state[name] for name in encoder.state_dict()})
-    except (KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InvalidCheckpoint(f"{source} does not hold an encoder of these sizes ({reason}).",
-                                "Only files that this package wrote can be read back.") from error  # fmt: skip
-    return encoder
-
-
-def _module_name(node: str) -> str:
-    """`/blocks.0/mlp/mlp.2/MatMul` -> `blocks.0.mlp.2`: a layer of a sequence repeats the sequence's name."""
-    scopes = node.strip("/").split("/")[:-1]
-    inside = [*scopes[1:], ""]
-    return ".".join(scope for scope, inner in zip(scopes, inside, strict=True) if not inner.startswith(f"{scope}."))
+    _export(encoder, (feats, lengths), target, ["feats", "feats_length"], ["indices"], axes, stored)
 
 
 def export_speaker_onnx(encoder: SpeakerEncoder, target: Path) -> None:
@@ -126,7 +97,7 @@ def _kaldi_nnet(cmvn: Tensor) -> str:
 
 
 def _export(module: nn.Module, inputs: tuple[Tensor, ...], target: Path, names: list[str], outputs: list[str],
-            axes: dict[str, dict[int, str]], is_half: bool = False) -> None:  # fmt: skip
+            axes: dict[str, dict[int, str]], stored: Stored = "float32") -> None:  # fmt: skip
     onnx = _onnx()
     target.parent.mkdir(parents=True, exist_ok=True)
     was_training = module.training
@@ -137,21 +108,35 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...], target: Path, names: 
     module.train(was_training)
     model = onnx.load(target)
     onnx.helper.set_model_props(model, {BATCHED: "true"})
-    if is_half:
-        _halve(onnx, model.graph)
+    if stored != "float32":
+        _pack(onnx, model.graph, stored)
     onnx.save(model, target)
 
 
-def _halve(onnx: ModuleType, graph: Any) -> None:
-    """Store the large weights of a graph as float16, each with a cast that the runtime folds when it loads."""
-    casts = []
+def _pack(onnx: ModuleType, graph: Any, stored: Stored) -> None:
+    """Store the large weights of a graph in fewer bytes, each with the nodes that make it float32 again, which the
+    runtime folds when it loads."""
+    outputs = {node.input[1]: {"MatMul": -1, "Conv": 0}.get(node.op_type) for node in graph.node if len(node.input) > 1}
+    made, scales = [], []
     for tensor in graph.initializer:
-        array = onnx.numpy_helper.to_array(tensor)
-        if array.dtype == np.float32 and array.size >= SMALL:
-            name = tensor.name
-            tensor.CopyFrom(onnx.numpy_helper.from_array(array.astype(np.float16), name + HALF))
-            casts.append(onnx.helper.make_node("Cast", [name + HALF], [name], to=onnx.TensorProto.FLOAT))
-    nodes = [*casts, *graph.node]
+        array, name = onnx.numpy_helper.to_array(tensor), tensor.name
+        if array.dtype != np.float32 or array.size < SMALL:
+            continue
+        axis = outputs.get(name) if stored == "int8" else None
+        packed, whole = f"{name}.{stored}", name if axis is None else f"{name}.whole"
+        if axis is None:
+            small = array.astype(np.float16)
+        else:
+            others = tuple(one for one in range(array.ndim) if one != axis % array.ndim)
+            scale = np.maximum(np.abs(array).max(others, keepdims=True), 1e-12) / 127
+            small = np.rint(array / scale).astype(np.int8)
+            scales.append(onnx.numpy_helper.from_array(scale.astype(np.float32), f"{name}.scale"))
+        tensor.CopyFrom(onnx.numpy_helper.from_array(small, packed))
+        made.append(onnx.helper.make_node("Cast", [packed], [whole], to=onnx.TensorProto.FLOAT))
+        if axis is not None:
+            made.append(onnx.helper.make_node("Mul", [whole, f"{name}.scale"], [name]))
+    graph.initializer.extend(scales)
+    nodes = [*made, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
 

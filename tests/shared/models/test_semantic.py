@@ -3,9 +3,20 @@
 import pytest
 import torch
 
-from shared.models.semantic import SemanticConfig, SemanticEncoder, grid_codebook, halved
+from shared.models.semantic import (
+    SemanticConfig,
+    SemanticEncoder,
+    WhisperSemanticConfig,
+    WhisperSemanticEncoder,
+    grid_codebook,
+    halved,
+)
 
 SMALL = SemanticConfig(size=32, heads=4, layers=2, codebook_dim=32, codebook_size=64)
+
+ABOVE_WHISPER = WhisperSemanticConfig(
+    bins=20, size=32, heads=4, layers=2, width=16, own_heads=2, own_layers=1, codebook_size=64, codebook_dim=8
+)
 
 
 def encoder(**changes) -> SemanticEncoder:
@@ -64,3 +75,25 @@ def test_the_published_sizes_give_the_published_shapes():
         model = SemanticEncoder(SemanticConfig())
     assert model.codebook.shape == (4096, 1280)
     assert model.conv2.weight.shape == (1280, 1280, 3)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 99, 3000])
+def test_above_whisper_a_second_of_mel_gives_twenty_five_codes_too(frames):
+    codes = WhisperSemanticEncoder(ABOVE_WHISPER)(torch.randn(1, 20, frames), torch.tensor([frames]))
+    assert codes.shape == (1, -(-frames // 4))
+
+
+def test_above_whisper_a_padded_batch_gives_each_row_its_own_vectors():
+    model = WhisperSemanticEncoder(ABOVE_WHISPER).eval()
+    feats, lengths = torch.randn(3, 20, 80), torch.tensor([80, 41, 3])
+    with torch.no_grad():
+        together = model.encode(feats, lengths)
+        for row, length in enumerate(lengths.tolist()):
+            alone = model.encode(feats[row : row + 1, :, :length], lengths[row : row + 1])[0]
+            assert torch.allclose(together[row, : len(alone)], alone, atol=1e-5)
+    assert torch.allclose(together.norm(dim=-1), torch.ones(3, 20))
+
+
+def test_sizes_above_whisper_that_cannot_work_are_refused():
+    with pytest.raises(ValueError, match="heads"):
+        WhisperSemanticConfig(width=30, own_heads=4)

@@ -37,7 +37,7 @@ PARTS = {
     "recognizer": ("codes", "plain", "runs/flow"),
     "words": ("codes", "plain", "runs/text", "runs/llm", "runs/recognizer"),
 }
-"""What each part reads. The runs before a step travel without their optimizers."""
+"""What each part reads. The runs before a step travel in float16 without their optimizers."""
 
 
 def pack(part: str, target: Path, megabytes: float) -> float:
@@ -53,7 +53,7 @@ def pack(part: str, target: Path, megabytes: float) -> float:
             if name == "whisper":
                 _add(out, ENCODER_FILE, _encoder_weights())
             elif name.startswith("runs/") and name != "runs/text":
-                _add(out, f"{name}/state.pt", _without_optimizers(root / name / "state.pt"))
+                _add(out, f"{name}/state.pt", _without_optimizers(root / name / "state.pt", torch.float16))
             elif name != "audio":
                 for file in sorted((root / name).iterdir()):
                     out.add(file, f"{name}/{file.name}")
@@ -79,7 +79,7 @@ def _encoder_weights() -> bytes:
     return data.getvalue()
 
 
-def _without_optimizers(file: Path, dtype: torch.dtype = torch.float32) -> bytes:
+def _without_optimizers(file: Path, dtype: torch.dtype) -> bytes:
     """The weights of a run: the averaged ones where the training kept an average, else the last."""
     saved = torch.load(file, map_location="cpu", weights_only=True)
     kept = "average" if "average" in saved["parts"] else "model"

@@ -53,7 +53,7 @@ class Tokenizers:
         wave = self._wave(audio_16k)
         s = self.student
         hidden = s.encoder(s.features(wave))
-        feats = whisper_log_mel(wave)
+        feats = whisper_log_mel(wave, bins=semantic.CONFIG.bins)
         lengths = torch.tensor([feats.shape[2]], device=self.device)
         vectors = self.autoencoder.encoder.encode(feats, lengths)[0]
         return (

@@ -133,7 +133,7 @@ def write_tokenizers(root: Path) -> None:
     trained("semantic", "model", autoencoder)
     encoder = autoencoder.encoder
     encoder.codebook.copy_(autoencoder.codebook.centroids)
-    export_semantic_onnx(encoder.eval(), folder / "speech_tokenizer_v1.onnx", is_half=True)
+    export_semantic_onnx(encoder.eval(), folder / "speech_tokenizer_v1.onnx", stored="int8")
 
 
 def copy_tokenizers(released: Checkpoint, root: Path) -> dict[str, int]:

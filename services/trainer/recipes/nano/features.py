@@ -2,8 +2,7 @@
 
 `python -m services.trainer.recipes.nano.features` turns the rows rendered so far into shards; called again, it
 takes the new ones. A shard is a folder of flat arrays and an index: audio (int16, 24 kHz), f0 (float16, 100 Hz, 0
-unvoiced), last (float16, Whisper's last states averaged to 16.67 Hz), middle (float16, its third layer averaged to
-25 Hz). Knows nothing about models.
+unvoiced), last (float16, Whisper's last states averaged to 16.67 Hz). Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from services.trainer.recipes.nano.whisper import WhisperEncoder
 from shared.audio.features import whisper_log_mel
 from shared.checkpoints.weights import default_dtype
 
-ARRAYS = {"audio": np.int16, "f0": np.float16, "last": np.float16, "middle": np.float16}
-WIDTH = {"audio": 1, "f0": 1, "last": 512, "middle": 512}
+ARRAYS = {"audio": np.int16, "f0": np.float16, "last": np.float16}
+WIDTH = {"audio": 1, "f0": 1, "last": 512}
 SHARD_ROWS = 400
 F0_RATE_HZ = 100
 
@@ -66,7 +65,7 @@ class F0Tracker:
 
 
 class Extractor:
-    """One recording to the four arrays of a row."""
+    """One recording to the three arrays of a row."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -82,14 +81,13 @@ class Extractor:
         """24 kHz float32 (n,) -> the arrays; a whisper is marked unvoiced throughout. `f0` (n / 240,) where known."""
         audio_16k = np.asarray(soxr.resample(audio_24k, 24_000, 16_000), np.float32)
         mel = whisper_log_mel(torch.from_numpy(audio_16k).to(self.device), bins=80)[None]
-        middle, last = (x[0].float().cpu() for x in self._whisper(mel))
+        last = self._whisper(mel)[1][0].float().cpu()
         if f0 is None:
             f0 = self._f0(audio_16k) if voiced else np.zeros(len(audio_16k) // 160, np.float32)
         return {
             "audio": (np.clip(audio_24k, -1, 1) * 32767).astype(np.int16),
             "f0": f0.astype(np.float16),
             "last": pool(last, 3).numpy().astype(np.float16),
-            "middle": pool(middle, 2).numpy().astype(np.float16),
         }
 
 

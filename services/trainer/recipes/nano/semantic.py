@@ -1,13 +1,14 @@
 """Train the semantic tokenizer: 4096 codes at 25 Hz that carry what the linguistic codes leave out.
 
-Encoder, cosine codebook, and a decoder that is thrown away: from the code, the linguistic centroid and the
-excerpt's mean and deviation of the mel (so that the code need not carry the voice) it must give the clean mel, F0,
-Whisper's third layer and the phoneme. The encoder hears degraded audio. `python -m
-services.trainer.recipes.nano.semantic`, after `linguistic`.
+Whisper's first layers hear, frozen; blocks of our own and a cosine codebook say in one code what they heard for 40 ms.
+A decoder is thrown away: from the code, the linguistic centroid and the excerpt's mean and deviation of the mel (so
+that the code need not carry the voice) it must give the clean mel, F0, Whisper's last states and the phoneme. The audio
+is degraded. `python -m services.trainer.recipes.nano.semantic`, after `linguistic`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,16 +29,27 @@ from services.trainer.recipes.nano.run import (
     count_parameters,
     products,
     set_lr,
+    trained,
     training_options,
 )
-from shared.audio.features import prompt_mel, whisper_log_mel
+from services.trainer.recipes.nano.whisper import WhisperEncoder
+from shared.audio.features import linguistic_features, prompt_mel, whisper_log_mel
+from shared.checkpoints.layout import Checkpoint
+from shared.checkpoints.tokenizer import load_linguistic
 from shared.models.linguistic import nearest
-from shared.models.semantic import SemanticConfig, SemanticEncoder
+from shared.models.semantic import WhisperSemanticConfig, WhisperSemanticEncoder
 from shared.models.spectral import ConvNeXtBlock
 
-CONFIG = SemanticConfig(size=224, heads=4, layers=4, codebook_dim=32)
-WIDTH = 224
+CONFIG = WhisperSemanticConfig()
+WIDTH = 256
 MEL_MEAN, MEL_STD = -6.0, 2.5
+GROUP_S = 0.12
+"""Excerpts begin on this grid, where codes of both kinds and Whisper's averaged states do."""
+TEACHER_EVERY = 3
+"""Mel frames of 20 ms to one averaged state."""
+
+Units = Callable[[Tensor], Tensor]
+"""16 kHz (B, n) to the linguistic tokenizer's centroid vectors (B, T, width), one for 60 ms."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +58,22 @@ class SemanticRecipe:
     batch: int
     seconds: float = 3.0
     lr: float = 1.5e-3
-    final_lr: float = 1e-4
+    final_lr: float = 5e-5
     quantize_from: int = 300
 
 
-CPU = SemanticRecipe(steps=5000, batch=12)
+CPU = SemanticRecipe(steps=2800, batch=16)
 GPU = SemanticRecipe(steps=10_000, batch=96, quantize_from=500)
 
 
 class Target(NamedTuple):
-    """What the decoder must give: F0 at 50 Hz (B, T), and at 25 Hz Whisper's states (B, T25, 512) and phonemes (B,
-    T25) with -100 where unknown."""
+    """What the decoder must give: F0 (B, T) at 50 Hz, Whisper's last states (B, T / 3, 512) and phonemes (B, T / 2)
+    with -100 where unknown; `real` (B, T) marks what lies inside the reading."""
 
     f0: Tensor
     teacher: Tensor
     phonemes: Tensor
+    real: Tensor
 
 
 class Autoencoder(nn.Module):
@@ -68,99 +81,121 @@ class Autoencoder(nn.Module):
 
     def __init__(self, linguistic_width: int) -> None:
         super().__init__()
-        self.encoder = SemanticEncoder(CONFIG)
+        self.encoder = WhisperSemanticEncoder(CONFIG)
         self.codebook = Codebook(CONFIG.codebook_size, CONFIG.codebook_dim, cosine=True)
         self.from_code = nn.Linear(CONFIG.codebook_dim, WIDTH)
         self.from_linguistic = nn.Linear(linguistic_width, WIDTH)
         self.from_voice = nn.Linear(160, WIDTH)
-        self.blocks = nn.Sequential(*[ConvNeXtBlock(WIDTH, 3, 4) for _ in range(4)])
+        self.blocks = nn.Sequential(*[ConvNeXtBlock(WIDTH, 3, 4) for _ in range(6)])
         self.to_mel = nn.Linear(WIDTH, 80)
         self.to_pitch = nn.Linear(WIDTH, 2)
         self.to_teacher = nn.Linear(WIDTH, 512)
         self.to_phoneme = nn.Linear(WIDTH, linguistic.PHONEMES)
 
     def forward(self, feats: Tensor, units: Tensor, mel: Tensor, target: Target, quantized: bool) -> dict[str, Tensor]:
-        """feats (B, 128, T100), units (B, T16, width) linguistic centroids, mel (B, T50, 80)."""
-        f0, teacher = target.f0, target.teacher
-        lengths = torch.full((len(feats),), feats.shape[2], device=feats.device)
-        vectors = self.encoder.encode(feats, lengths).float()
+        """feats (B, 80, 2 T), units (B, about T / 3, width) linguistic centroids, mel (B, T, 80), T a multiple of 6."""
+        real = target.real.float()
+        vectors = self.encoder.encode(feats, 2 * real.sum(1).int()).float()
         commitment, used = vectors.new_zeros(()), vectors.new_zeros(())
         if quantized:
-            vectors, codes, commitment = self.codebook(vectors)
+            inside = target.real[:, ::2]
+            found, codes, commitment = self.codebook(vectors[inside])
+            vectors = torch.zeros_like(vectors).masked_scatter(inside[..., None], found)
             used = torch.tensor(float(len(codes.unique())), device=vectors.device)
-        frames = min(2 * vectors.shape[1], mel.shape[1], 2 * teacher.shape[1], 3 * units.shape[1]) // 2 * 2
-        at = torch.arange(frames, device=feats.device)
-        mel, f0 = (mel[:, :frames] - MEL_MEAN) / MEL_STD, f0[:, :frames]
-        voice = torch.cat([mel.mean(1), mel.std(1)], 1)
+        at = torch.arange(mel.shape[1], device=feats.device)
+        mel = (mel - MEL_MEAN) / MEL_STD
         x = (
             self.from_code(vectors)[:, at // 2]
-            + self.from_linguistic(units)[:, at // 3]
-            + self.from_voice(voice)[:, None]
+            + self.from_linguistic(units)[:, (at // 3).clamp(max=units.shape[1] - 1)]
+            + self.from_voice(statistics(mel, real))[:, None]
         )
-        x = self.blocks(x.transpose(1, 2)).transpose(1, 2)
+        x = self.blocks((x * real[..., None]).transpose(1, 2)).transpose(1, 2)
         pitch, voicing = self.to_pitch(x).float().unbind(-1)
-        voiced = f0 > 0
-        wanted = torch.log(f0.clamp(min=50)) - 5.0
-        guess = self.to_teacher(x[:, ::2])
-        named = target.phonemes[:, : frames // 2]
-        known, spelled = named >= 0, self.to_phoneme(x[:, : 2 * named.shape[1] : 2]).float()
+        voiced = (target.f0 > 0) & target.real
+        wanted = torch.log(target.f0.clamp(min=50)) - 5.0
+        guess = self.to_teacher(x).float().unflatten(1, (-1, TEACHER_EVERY)).mean(2)
+        heard = real[:, ::TEACHER_EVERY]
+        named = target.phonemes
+        known, spelled = named >= 0, self.to_phoneme(x[:, ::2]).float()
         return {
             "phoneme": F.cross_entropy(spelled.flatten(0, 1), named.flatten(), ignore_index=-100),
             "accuracy": ((spelled.argmax(-1) == named) & known).sum() / known.sum().clamp(min=1),
-            "mel": F.l1_loss(self.to_mel(x).float(), mel),
-            "pitch": ((pitch - wanted).abs() * voiced).sum() / voiced.sum().clamp(min=1),
-            "voicing": F.binary_cross_entropy_with_logits(voicing, voiced.float()),
-            "teacher": (1 - F.cosine_similarity(guess, teacher[:, : frames // 2], dim=-1)).mean(),
+            "mel": mean_of((self.to_mel(x).float() - mel).abs().mean(-1), real),
+            "pitch": mean_of((pitch - wanted).abs(), voiced.float()),
+            "voicing": mean_of(F.binary_cross_entropy_with_logits(voicing, voiced.float(), reduction="none"), real),
+            "teacher": mean_of(1 - F.cosine_similarity(guess, target.teacher, dim=-1), heard),
             "commitment": commitment,
             "used": used,
         }
 
 
-class Units:
-    """The frozen linguistic tokenizer of the run before: audio to its centroid vectors."""
+def mean_of(values: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean, 0 where nothing has a weight."""
+    return (values * weights).sum() / weights.sum().clamp(min=1)
 
-    def __init__(self, device: torch.device) -> None:
-        student = linguistic.Student()
-        run = Run("linguistic", {"model": student}, 0)
-        if run.step == 0:
-            raise SystemExit("train the linguistic tokenizer first: python -m services.trainer.recipes.nano.linguistic")
-        self.student = student.to(device).eval()
 
-    @torch.inference_mode()
-    def __call__(self, audio: Tensor) -> Tensor:
-        """16 kHz (B, n) -> (B, T, width)."""
-        s = self.student
-        hidden = s.encoder(s.features(audio))
-        return s.codebook.centroids[nearest(hidden, s.codebook.centroids)]
+def statistics(mel: Tensor, real: Tensor) -> Tensor:
+    """Mean and deviation (B, 160) of mels (B, T, 80) over the frames `real` (B, T)."""
+    counts = real.sum(1, keepdim=True).clamp(min=1)
+    mean = (mel * real[..., None]).sum(1) / counts
+    spread = ((mel - mean[:, None]).square() * real[..., None]).sum(1) / counts
+    return torch.cat([mean, spread.sqrt()], 1)
+
+
+def fill_trunk(encoder: WhisperSemanticEncoder, whisper: WhisperEncoder) -> None:
+    """Copy Whisper's convolutions and first layers into an encoder."""
+    encoder.trunk.load_state_dict(whisper.first_layers(encoder.config.layers))
+
+
+def open_units(checkpoint: str | None, device: torch.device) -> Units:
+    """The linguistic tokenizer of the run before, or of a checkpoint."""
+    if checkpoint is None:
+        student = trained("linguistic", "model", linguistic.Student()).to(device)
+        assert isinstance(student, linguistic.Student)
+        encoder, centroids, features = student.encoder, student.codebook.centroids, student.features
+    else:
+        released = load_linguistic(Checkpoint.resolve(checkpoint), device=device)
+        encoder, centroids = released.encoder, released.centroids
+
+        def features(audio: Tensor) -> Tensor:
+            return linguistic_features(audio, cmvn=released.cmvn)
+
+    @torch.no_grad()
+    def units(audio: Tensor) -> Tensor:
+        return centroids[nearest(encoder(features(audio)), centroids)]
+
+    return units
 
 
 def draw(store: Store, recipe: SemanticRecipe, rng: np.random.Generator) -> tuple[Tensor, Tensor, Target]:
-    """Degraded 16 kHz (B, n), clean 24 kHz (B, 1.5 n), and the target."""
-    samples = round(recipe.seconds * 16_000)
-    heard, clean = np.zeros((recipe.batch, samples), np.float32), np.zeros((recipe.batch, samples * 3 // 2), np.float32)
-    pitch, teacher = (
-        np.zeros((recipe.batch, samples // 320), np.float32),
-        np.zeros((recipe.batch, samples // 640, 512), np.float32),
-    )
-    phonemes = np.full((recipe.batch, samples // 640), -100)
+    """Degraded 16 kHz (B, n), the clean mel (B, T, 80), and the target."""
+    groups = round(recipe.seconds / GROUP_S)
+    frames, samples = 6 * groups, round(groups * GROUP_S * 16_000)
+    heard = np.zeros((recipe.batch, samples), np.float32)
+    mels = np.zeros((recipe.batch, frames, 80), np.float32)
+    pitch = np.zeros((recipe.batch, frames), np.float32)
+    teacher = np.zeros((recipe.batch, frames // TEACHER_EVERY, 512), np.float32)
+    phonemes, real = np.full((recipe.batch, frames // 2), -100), np.zeros((recipe.batch, frames), bool)
     for b in range(recipe.batch):
         i = int(rng.integers(len(store)))
-        audio, states, f0 = store.audio(i), store.array(i, "middle"), store.array(i, "f0").astype(np.float32)
-        first = int(rng.integers(max(1, len(states) - samples // 640)))
-        piece = audio[first * 960 :][: samples * 3 // 2]
-        piece = piece / max(1e-4, float(np.abs(piece).max())) * float(rng.uniform(0.3, 0.999))
-        clean[b, : len(piece)] = piece
+        audio, states, f0 = store.audio(i), store.array(i, "last"), store.array(i, "f0").astype(np.float32)
+        group = int(rng.integers(max(1, len(states) // 2 - groups + 1)))
+        piece = audio[group * 2880 :][: groups * 2880]
+        piece = piece / max(1e-4, float(np.abs(piece).max())) * 0.999
         low = np.asarray(soxr.resample(piece, 24_000, 16_000), np.float32)[:samples]
         heard[b, : len(low)] = augment.degrade(low, rng)
-        at = 4 * first + 1 + 2 * np.arange(pitch.shape[1])
+        inside = min(frames, len(piece) // 960 * 2)
+        real[b, :inside] = True
+        mels[b, :inside] = prompt_mel(torch.from_numpy(piece)).numpy()[:inside]
+        at = 12 * group + 1 + 2 * np.arange(frames)
         pitch[b] = np.where(at < len(f0), f0[np.minimum(at, len(f0) - 1)], 0)
-        states = states[first : first + teacher.shape[1]]
+        states = states[2 * group :][: teacher.shape[1]]
         teacher[b, : len(states)] = states
-        named = linguistic.phoneme_labels(store.rows[i], len(audio) / 24_000, 0.04)[first : first + len(states)]
+        named = linguistic.phoneme_labels(store.rows[i], len(audio) / 24_000, 0.04)[3 * group :][: inside // 2]
         phonemes[b, : len(named)] = named
     heard /= np.maximum(1e-4, np.abs(heard).max(1, keepdims=True)) / 0.999
-    target = Target(torch.from_numpy(pitch), torch.from_numpy(teacher), torch.from_numpy(phonemes))
-    return torch.from_numpy(heard), torch.from_numpy(clean), target
+    target = Target(*(torch.from_numpy(array) for array in (pitch, teacher, phonemes, real)))
+    return torch.from_numpy(heard), torch.from_numpy(mels), target
 
 
 @torch.no_grad()
@@ -168,37 +203,41 @@ def fit_codebook(model: Autoencoder, store: Store, recipe: SemanticRecipe, devic
     """k-means on vectors of fresh batches."""
     rng, found = np.random.default_rng(3), []
     for _ in range(max(10, 30_000 // (recipe.batch * 75))):
-        feats = whisper_log_mel(draw(store, recipe, rng)[0].to(device))
-        lengths = torch.full((len(feats),), feats.shape[2], device=device)
-        found.append(model.encoder.encode(feats, lengths).flatten(0, 1))
+        heard, _, target = draw(store, recipe, rng)
+        real = target.real.to(device)
+        vectors = model.encoder.encode(whisper_log_mel(heard.to(device), bins=CONFIG.bins), 2 * real.sum(1).int())
+        found.append(vectors[real[:, ::2]])
     model.codebook.fit(torch.cat(found), rounds=12)
 
 
 def main() -> None:
-    arguments = training_options(__doc__).parse_args()
+    parser = training_options(__doc__)
+    parser.add_argument("--checkpoint", help="linguistic codes by its tokenizer, not by that of the run")
+    arguments = parser.parse_args()
     device, recipe = begin(arguments, CPU, GPU)
     torch.manual_seed(3)
-    units, store = Units(device), Store()
-    model = Autoencoder(linguistic.CONFIG.output_size).to(device)
-    optimizer = Optimizer(model, recipe.lr, outside=("to_", "from_", "positions"))
+    units, store = open_units(arguments.checkpoint, device), Store()
+    model = Autoencoder(linguistic.CONFIG.output_size)
+    fill_trunk(model.encoder, WhisperEncoder.of_assets("cpu", torch.float32))
+    model.to(device)
+    optimizer = Optimizer(model, recipe.lr, outside=("to_", "from_"))
     parts = {"model": model, "optimizers": optimizer}
     run = Run("semantic", parts, arguments.steps or recipe.steps, arguments.minutes)
     print(f"semantic: {count_parameters(model.encoder):.2f} M parameters, {store.hours:.2f} h on {device}", flush=True)
     while run.going:
         if run.step == recipe.quantize_from:
             fit_codebook(model, store, recipe, device)
-        heard, clean, target = draw(store, recipe, run.rng())
-        heard, clean, target = heard.to(device), clean.to(device), Target(*(x.to(device) for x in target))
+        heard, mel, target = draw(store, recipe, run.rng())
+        heard, mel, target = heard.to(device), mel.to(device), Target(*(x.to(device) for x in target))
         set_lr(optimizer, cosine(run.step, run.steps, recipe.lr, recipe.final_lr))
-        with torch.no_grad():
-            feats, mel, known = whisper_log_mel(heard), prompt_mel(clean), units(heard).clone()
+        feats = whisper_log_mel(heard, bins=CONFIG.bins)
         with products(device):
-            losses = model(feats, known, mel, target, run.step >= recipe.quantize_from)
+            losses = model(feats, units(heard), mel, target, run.step >= recipe.quantize_from)
         total = (
             losses["mel"]
             + losses["pitch"]
             + 0.2 * losses["voicing"]
-            + losses["teacher"]
+            + 1.5 * losses["teacher"]
             + 0.2 * losses["phoneme"]
             + 0.25 * losses["commitment"]
         )

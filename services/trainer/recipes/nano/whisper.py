@@ -71,6 +71,26 @@ class WhisperEncoder:
             return cls(dict(np.load(alone)), device, dtype)
         return cls(read_ctranslate2(assets.prepare().whisper / "model.bin"), device, dtype)
 
+    def first_layers(self, layers: int) -> dict[str, Tensor]:
+        """Convolutions and the first layers under the names of `shared.models.semantic.WhisperTrunk`."""
+        w = self._weights
+        state = {f"{name}.{part}": w[f"{name}/{part}"] for name in ("conv1", "conv2") for part in ("weight", "bias")}
+        for layer in range(layers):
+            theirs, ours = f"layer_{layer}/", f"blocks.{layer}."
+            joined, biases = (w[f"{theirs}self_attention/linear_0/{part}"].chunk(3) for part in ("weight", "bias"))
+            for name, weight, bias in zip(("query", "key", "value"), joined, biases, strict=True):
+                state[f"{ours}attn.{name}.weight"] = weight
+                if name != "key":  # whose bias changes no attention
+                    state[f"{ours}attn.{name}.bias"] = bias
+            for name, found in (
+                ("attn.out", "self_attention/linear_1"), ("mlp.0", "ffn/linear_0"), ("mlp.2", "ffn/linear_1"),
+            ):  # fmt: skip
+                state |= {f"{ours}{name}.{part}": w[f"{theirs}{found}/{part}"] for part in ("weight", "bias")}
+            for name, found in (("attn_ln", "self_attention/layer_norm"), ("mlp_ln", "ffn/layer_norm")):
+                state[f"{ours}{name}.weight"] = w[f"{theirs}{found}/gamma"]
+                state[f"{ours}{name}.bias"] = w[f"{theirs}{found}/beta"]
+        return state
+
     @torch.inference_mode()
     def __call__(self, mel: Tensor, middle: int = 3) -> tuple[Tensor, Tensor]:
         """The states after layer `middle` and after the last norm, both (B, T // 2, 512)."""

@@ -7,35 +7,16 @@ import pytest
 import torch
 
 from services.trainer.recipes.nano.heard import SILENCE, BinMap, Listener
-from services.trainer.recipes.nano.whisper import HIDDEN, LAYERS, WhisperEncoder
+from services.trainer.recipes.nano.whisper import WhisperEncoder
+from tests.fixtures.whisper import random_whisper
 
 BINS = 80
 FRAMES = 20
 
 
-def linear(generator: np.random.Generator, prefix: str, size: int, out: int) -> dict[str, np.ndarray]:
-    return {f"{prefix}/weight": generator.normal(0, size**-0.5, (out, size)), f"{prefix}/bias": np.zeros(out)}
-
-
-def norm(prefix: str) -> dict[str, np.ndarray]:
-    return {f"{prefix}/gamma": np.ones(HIDDEN), f"{prefix}/beta": np.zeros(HIDDEN)}
-
-
 @pytest.fixture(scope="module")
 def encoder() -> WhisperEncoder:
-    random = np.random.default_rng(0)
-    variables = {
-        "conv1/weight": random.normal(0, 0.05, (HIDDEN, BINS, 3)), "conv1/bias": np.zeros(HIDDEN),
-        "conv2/weight": random.normal(0, 0.02, (HIDDEN, HIDDEN, 3)), "conv2/bias": np.zeros(HIDDEN),
-        "position_encodings/encodings": np.zeros((1500, HIDDEN)),
-    } | norm("layer_norm")  # fmt: skip
-    for layer in range(LAYERS):
-        attention, ffn = f"layer_{layer}/self_attention", f"layer_{layer}/ffn"
-        variables |= norm(f"{attention}/layer_norm") | norm(f"{ffn}/layer_norm")
-        variables |= linear(random, f"{attention}/linear_0", HIDDEN, 3 * HIDDEN)
-        variables |= linear(random, f"{attention}/linear_1", HIDDEN, HIDDEN)
-        variables |= linear(random, f"{ffn}/linear_0", HIDDEN, 2048) | linear(random, f"{ffn}/linear_1", 2048, HIDDEN)
-    return WhisperEncoder({f"encoder/{name}": value for name, value in variables.items()}, "cpu", torch.float32)
+    return random_whisper()
 
 
 @pytest.fixture(scope="module")
