@@ -111,9 +111,7 @@ class SemanticEncoder(nn.Module):
         x = functional.gelu(self.conv2(x * _inside(lengths, x.shape[2], x)))
         inside = _inside(halved(lengths), x.shape[2], x)  # (B, 1, N)
         x = x.transpose(1, 2) + self.positions[: x.shape[2]]
-        bias = ((1 - inside) * torch.finfo(torch.float16).min).unsqueeze(1)
-        for block in self.blocks:
-            x = block(x, bias)
+        x = _through(self.blocks, x, inside)
         x = self.project(x)
         if self.config.bounded:
             x = torch.tanh(x)
@@ -122,10 +120,9 @@ class SemanticEncoder(nn.Module):
     def quantize(self, vectors: Tensor) -> Tensor:
         """Codes (B, N) int64 of vectors (B, N, codebook_dim) from `encode`."""
         if self.config.distance == "cosine":
-            scores = vectors @ functional.normalize(self.codebook, dim=-1).T
-        else:  # |v - c|^2 differs from -2 (v c - |c|^2 / 2) only by |v|^2
-            scores = vectors @ self.codebook.T - self.codebook.square().sum(-1) / 2
-        return scores.argmax(dim=-1)
+            return _nearest_by_angle(vectors, self.codebook)
+        # |v - c|^2 differs from -2 (v c - |c|^2 / 2) only by |v|^2
+        return (vectors @ self.codebook.T - self.codebook.square().sum(-1) / 2).argmax(dim=-1)
 
     def forward(self, feats: Tensor, lengths: Tensor) -> Tensor:
         """Codes (B, ceil(T / 4)) int32; what lies past a row's own length means nothing."""
@@ -173,10 +170,7 @@ class WhisperTrunk(nn.Module):
         x = functional.gelu(self.conv2(x))
         inside = _inside(halved(lengths), x.shape[2], x)
         first = (x * inside).transpose(1, 2)
-        bias = ((1 - inside) * torch.finfo(torch.float16).min).unsqueeze(1)
-        x = first + self._positions(inside)
-        for block in self.blocks:
-            x = block(x, bias)
+        x = _through(self.blocks, first + self._positions(inside), inside)
         return first, x * inside.transpose(1, 2)
 
     def _positions(self, inside: Tensor) -> Tensor:
@@ -217,18 +211,29 @@ class WhisperSemanticEncoder(nn.Module):
             detail, sound = (_paired(states) for states in self.trunk(feats, lengths))
         x = self.from_detail(self.norm_detail(detail)) + self.from_sound(self.norm_sound(sound))
         inside = _inside(halved(halved(lengths)), x.shape[1], x)
-        bias = ((1 - inside) * torch.finfo(torch.float16).min).unsqueeze(1)
-        for block in self.blocks:
-            x = block(x, bias)
+        x = _through(self.blocks, x, inside)
         return functional.normalize(self.project(self.norm(x)), dim=-1)
 
     def quantize(self, vectors: Tensor) -> Tensor:
         """Codes (B, N) int64 of vectors (B, N, codebook_dim) from `encode`."""
-        return (vectors @ functional.normalize(self.codebook, dim=-1).T).argmax(dim=-1)
+        return _nearest_by_angle(vectors, self.codebook)
 
     def forward(self, feats: Tensor, lengths: Tensor) -> Tensor:
         """Codes (B, ceil(T / 4)) int32; what lies past a row's own length means nothing."""
         return self.quantize(self.encode(feats, lengths)).to(torch.int32)
+
+
+def _through(blocks: nn.ModuleList, x: Tensor, inside: Tensor) -> Tensor:
+    """x (B, N, C) through transformer blocks that see no further than each row's `inside` (B, 1, N)."""
+    bias = ((1 - inside) * torch.finfo(torch.float16).min).unsqueeze(1)
+    for block in blocks:
+        x = block(x, bias)
+    return x
+
+
+def _nearest_by_angle(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """Codes (B, N) int64 of vectors (B, N, D) of length one."""
+    return (vectors @ functional.normalize(codebook, dim=-1).T).argmax(dim=-1)
 
 
 def _paired(states: Tensor) -> Tensor:

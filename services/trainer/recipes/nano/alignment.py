@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from shared.codes import GROUP_S
+
 SPACE = 16
 PAUSE = 0
-GROUP_S = 0.12
 
 
 def boundaries(row: dict[str, Any]) -> np.ndarray:

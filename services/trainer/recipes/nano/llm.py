@@ -47,7 +47,7 @@ from services.trainer.recipes.nano.run import (
     set_lr,
     training_options,
 )
-from shared.codes import GROUP, LINGUISTIC_SIZE, interleave
+from shared.codes import GROUP, GROUP_S, LINGUISTIC_SIZE, interleave
 from shared.models.step1 import Step1, Step1Config
 from shared.models.step1_attention import Attend
 from shared.prompts import TextTokenizer, Turn, assistant_turn, clone_turns, edit_turns
@@ -283,7 +283,7 @@ class Examples:
             item, then = pool.same_voice(rng)
             then = pool.reading(rng) if rng.random() < 0.5 else then
             source = np.concatenate([item["clean_mixed"], self._silence(rng, pool), then["clean_mixed"]])
-            joint_s = (len(source) - len(then["clean_mixed"])) // GROUP * alignment.GROUP_S
+            joint_s = (len(source) - len(then["clean_mixed"])) // GROUP * GROUP_S
             begin_s, end_s = alignment.speech_span(item["row"])[1], joint_s + alignment.speech_span(then["row"])[0]
             silences = [(begin_s + EDGE_S, end_s - EDGE_S)]
         groups = np.arange(len(source)).reshape(-1, GROUP)

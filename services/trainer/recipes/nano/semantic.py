@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from services.trainer.core.objectives import masked_mean
 from services.trainer.recipes.nano import augment, linguistic
 from services.trainer.recipes.nano.features import Store
 from services.trainer.recipes.nano.quantizer import Codebook
@@ -32,10 +33,11 @@ from services.trainer.recipes.nano.run import (
     trained,
     training_options,
 )
-from services.trainer.recipes.nano.whisper import WhisperEncoder
-from shared.audio.features import linguistic_features, prompt_mel, whisper_log_mel
+from services.trainer.recipes.nano.whisper import HIDDEN, WhisperEncoder
+from shared.audio.features import prompt_mel, whisper_log_mel
 from shared.checkpoints.layout import Checkpoint
 from shared.checkpoints.tokenizer import load_linguistic
+from shared.codes import GROUP_S
 from shared.models.linguistic import nearest
 from shared.models.semantic import WhisperSemanticConfig, WhisperSemanticEncoder
 from shared.models.spectral import ConvNeXtBlock
@@ -43,8 +45,6 @@ from shared.models.spectral import ConvNeXtBlock
 CONFIG = WhisperSemanticConfig()
 WIDTH = 256
 MEL_MEAN, MEL_STD = -6.0, 2.5
-GROUP_S = 0.12
-"""Excerpts begin on this grid, where codes of both kinds and Whisper's averaged states do."""
 TEACHER_EVERY = 3
 """Mel frames of 20 ms to one averaged state."""
 
@@ -89,7 +89,7 @@ class Autoencoder(nn.Module):
         self.blocks = nn.Sequential(*[ConvNeXtBlock(WIDTH, 3, 4) for _ in range(6)])
         self.to_mel = nn.Linear(WIDTH, 80)
         self.to_pitch = nn.Linear(WIDTH, 2)
-        self.to_teacher = nn.Linear(WIDTH, 512)
+        self.to_teacher = nn.Linear(WIDTH, HIDDEN)
         self.to_phoneme = nn.Linear(WIDTH, linguistic.PHONEMES)
 
     def forward(self, feats: Tensor, units: Tensor, mel: Tensor, target: Target, quantized: bool) -> dict[str, Tensor]:
@@ -120,18 +120,13 @@ class Autoencoder(nn.Module):
         return {
             "phoneme": F.cross_entropy(spelled.flatten(0, 1), named.flatten(), ignore_index=-100),
             "accuracy": ((spelled.argmax(-1) == named) & known).sum() / known.sum().clamp(min=1),
-            "mel": mean_of((self.to_mel(x).float() - mel).abs().mean(-1), real),
-            "pitch": mean_of((pitch - wanted).abs(), voiced.float()),
-            "voicing": mean_of(F.binary_cross_entropy_with_logits(voicing, voiced.float(), reduction="none"), real),
-            "teacher": mean_of(1 - F.cosine_similarity(guess, target.teacher, dim=-1), heard),
+            "mel": masked_mean((self.to_mel(x).float() - mel).abs().mean(-1), real),
+            "pitch": masked_mean((pitch - wanted).abs(), voiced),
+            "voicing": masked_mean(F.binary_cross_entropy_with_logits(voicing, voiced.float(), reduction="none"), real),
+            "teacher": masked_mean(1 - F.cosine_similarity(guess, target.teacher, dim=-1), heard),
             "commitment": commitment,
             "used": used,
         }
-
-
-def mean_of(values: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean, 0 where nothing has a weight."""
-    return (values * weights).sum() / weights.sum().clamp(min=1)
 
 
 def statistics(mel: Tensor, real: Tensor) -> Tensor:
@@ -149,32 +144,36 @@ def fill_trunk(encoder: WhisperSemanticEncoder, whisper: WhisperEncoder) -> None
 
 def open_units(checkpoint: str | None, device: torch.device) -> Units:
     """The linguistic tokenizer of the run before, or of a checkpoint."""
-    if checkpoint is None:
-        student = trained("linguistic", "model", linguistic.Student()).to(device)
-        assert isinstance(student, linguistic.Student)
-        encoder, centroids, features = student.encoder, student.codebook.centroids, student.features
-    else:
+    if checkpoint is not None:
         released = load_linguistic(Checkpoint.resolve(checkpoint), device=device)
-        encoder, centroids = released.encoder, released.centroids
 
-        def features(audio: Tensor) -> Tensor:
-            return linguistic_features(audio, cmvn=released.cmvn)
+        def of_release(audio: Tensor) -> Tensor:
+            codes = np.stack(released.encode(list(audio)))
+            return released.centroids[torch.from_numpy(codes).long().to(device)]
+
+        return of_release
+    student = trained("linguistic", "model", linguistic.Student()).to(device)
+    assert isinstance(student, linguistic.Student)
+    centroids = student.codebook.centroids
 
     @torch.no_grad()
-    def units(audio: Tensor) -> Tensor:
-        return centroids[nearest(encoder(features(audio)), centroids)]
+    def of_run(audio: Tensor) -> Tensor:
+        return centroids[nearest(student.encoder(student.features(audio)), centroids)]
 
-    return units
+    return of_run
 
 
 def draw(store: Store, recipe: SemanticRecipe, rng: np.random.Generator) -> tuple[Tensor, Tensor, Target]:
-    """Degraded 16 kHz (B, n), the clean mel (B, T, 80), and the target."""
+    """Degraded 16 kHz (B, n), the clean mel (B, T, 80), and the target.
+
+    Excerpts begin on the grid of groups, where codes of both kinds and Whisper's averaged states begin.
+    """
     groups = round(recipe.seconds / GROUP_S)
     frames, samples = 6 * groups, round(groups * GROUP_S * 16_000)
     heard = np.zeros((recipe.batch, samples), np.float32)
     mels = np.zeros((recipe.batch, frames, 80), np.float32)
     pitch = np.zeros((recipe.batch, frames), np.float32)
-    teacher = np.zeros((recipe.batch, frames // TEACHER_EVERY, 512), np.float32)
+    teacher = np.zeros((recipe.batch, frames // TEACHER_EVERY, HIDDEN), np.float32)
     phonemes, real = np.full((recipe.batch, frames // 2), -100), np.zeros((recipe.batch, frames), bool)
     for b in range(recipe.batch):
         i = int(rng.integers(len(store)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,12 @@ import torch
 from services.trainer.recipes.nano import semantic
 from services.trainer.recipes.nano.features import Store
 from shared.audio.features import whisper_log_mel
+from shared.checkpoints.layout import Checkpoint
+from shared.checkpoints.tokenizer import load_linguistic
 from shared.models.semantic import WhisperSemanticEncoder
 from tests.fixtures.whisper import random_whisper
 
+NANO = Path(__file__).resolve().parents[4] / "models" / "nano"
 RECIPE = replace(semantic.CPU, batch=3, seconds=1.2)
 
 
@@ -94,6 +98,15 @@ def test_what_lies_past_a_reading_changes_nothing(model: semantic.Autoencoder) -
         before, after = model(feats, units, mel, target, False), model(other, units, wrong, target, False)
     for name, value in before.items():
         torch.testing.assert_close(after[name], value)
+
+
+def test_units_of_a_release_are_its_centroids() -> None:
+    units = semantic.open_units(str(NANO), torch.device("cpu"))
+    audio = torch.randn(2, 19_200, generator=torch.Generator().manual_seed(2)) / 10
+    found, centroids = units(audio), torch.from_numpy(np.load(Checkpoint.resolve(NANO).centroids_file))
+    assert found.shape == (2, 20, 192), "1.2 s, one for 60 ms"
+    codes = load_linguistic(Checkpoint.resolve(NANO)).encode([audio[1]])[0]
+    assert torch.equal(found[1], centroids[torch.from_numpy(codes).long()])
 
 
 def test_the_codebook_starts_from_what_is_heard(model: semantic.Autoencoder) -> None:
